@@ -28,7 +28,6 @@ def base_fingerprint(folder: Path, name: str) -> dict:
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     shape = [config.get("model_type"), [text.get(f) for f in TEXT_SHAPE], [vision.get(f) for f in VISION_SHAPE]]
     norms, weights = _weights(folder)
-    quantization = config.get("quantization") or config.get("quantization_config")
     return {
         "name": name,
         "model_type": config.get("model_type"),
@@ -36,9 +35,7 @@ def base_fingerprint(folder: Path, name: str) -> dict:
         "architecture": hashlib.sha256(json.dumps(shape).encode()).hexdigest(),
         "norms": norms,
         "weights": weights,
-        "quantization": {key: quantization.get(key) for key in ("bits", "group_size", "mode")}
-        if quantization
-        else None,
+        "quantization": _quantization(config.get("quantization") or config.get("quantization_config")),
     }
 
 
@@ -60,6 +57,17 @@ def compare_fingerprints(trained: dict, served: dict) -> tuple[list[str], list[s
     if trained["weights"] != served["weights"]:
         return [f"the adapter's base has other weights: {names}"], []
     return [], []
+
+
+def _quantization(settings: dict | None) -> dict | None:
+    """Return the settings that change the weights; "mode" is absent from models older than its introduction."""
+    if not settings:
+        return None
+    return {
+        "bits": settings.get("bits"),
+        "group_size": settings.get("group_size"),
+        "mode": settings.get("mode", "affine"),
+    }
 
 
 def _config(path: Path) -> dict:

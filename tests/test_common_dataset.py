@@ -1,0 +1,54 @@
+"""Training rows are read in both documented forms, with every damaged row named."""
+
+import pytest
+from PIL import Image
+
+from common.dataset import load_examples, messages_row, triplet_row
+from common.errors import UserError
+from common.files import write_jsonl
+
+ROW = {"prompt": "Judge.", "response": '{"overall_score":7}', "job_id": "job-1", "image_sha256": "ab12"}
+
+
+@pytest.fixture
+def photo(tmp_path):
+    (tmp_path / "source").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "source" / "a.png")
+    return "source/a.png"
+
+
+def test_both_forms_give_the_same_example(tmp_path, photo):
+    path = tmp_path / "training_data" / "data.jsonl"
+    write_jsonl(path, [triplet_row(photo, **ROW), messages_row(photo, **ROW)])
+    first, second = load_examples(path)
+    assert first.image_paths[0].samefile(tmp_path / photo)
+    assert (first.prompt, first.response, first.sha256, first.job_id) == ("Judge.", ROW["response"], ("ab12",), "job-1")
+    assert first.source == f"{path}:1"
+    assert second.__dict__ | {"source": ""} == first.__dict__ | {"source": ""}
+
+
+def test_llama_factorys_plain_text_messages(tmp_path, photo):
+    path = tmp_path / "data.jsonl"
+    messages = [{"role": "user", "content": "<image>\nJudge."}, {"role": "assistant", "content": "{}"}]
+    write_jsonl(path, [{"messages": messages, "images": [photo]}])
+    (example,) = load_examples(path)
+    assert (example.prompt, example.response, example.job_id) == ("Judge.", "{}", "line-1")
+
+
+def test_all_damage_is_named_at_once(tmp_path, photo):
+    path = tmp_path / "data.jsonl"
+    write_jsonl(path, [{**ROW, "image_path": "gone.jpg"}, {**ROW, "image_path": photo, "response": ""},
+                       {**ROW, "image_path": photo}, {"messages": [{"role": "user"}], "images": [photo]}])  # fmt: skip
+    with pytest.raises(UserError) as error:
+        load_examples(path)
+    lines = error.value.message.splitlines()
+    assert len(lines) == 3
+    assert f"{path}:1: photograph gone.jpg is not there" in lines[0]
+    assert f"{path}:2: 'response' is missing or empty" in lines[1]
+    assert f"{path}:4: 'messages' must be" in lines[2]
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "data.jsonl").write_text("")
+    with pytest.raises(UserError, match="no examples in it"):
+        load_examples(tmp_path / "data.jsonl")
