@@ -1,0 +1,101 @@
+# From a Mondrian tree to an evaluated LoRA adapter. `make help` lists targets and variables.
+
+ADVISOR      ?= ansel#                        the advisor whose voice is learnt
+MONDRIAN     ?= .#                            folder that holds mondrian.db, source/ and analysis_md/
+DB           ?= $(MONDRIAN)/mondrian.db#      the database, when it has another name
+BASE_MODEL   ?= Qwen/Qwen3-VL-4B-Instruct#    hub id or folder of the base model
+WORK         ?= .#                            folder that receives training_data/, models/ and evaluation/
+LINK_ARGS    ?=#                              more options for link_training_data.py
+PREPARE_ARGS ?=#                              more options for prepare_training_data.py
+TRAIN_ARGS   ?=#                              more options for train_mlx_lora.py, e.g. "--epochs 5"
+EVAL_ARGS    ?=#                              more options for evaluate_lora.py
+HOSTS        ?=#                              hostfile of mlx.launch: train on several machines or GPUs
+BACKEND      ?= cpu#                          Linux: cpu, cuda12 or cuda13; macOS always has Metal
+PYTHON       ?= python3#                      the Python (3.11 or newer) that .venv is made with
+
+empty  :=
+space  := $(empty) $(empty)
+escape  = $(subst $(space),\$(space),$(1))
+
+VENV   := .venv
+READY  := $(VENV)/.ready-$(BACKEND)
+# MLX's CPU wheel brings slow reference BLAS; Debian's libopenblas0-pthread makes float32 products 30 times faster
+BLAS   := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0 /usr/lib64/libopenblasp.so.0))
+RUN    := $(if $(BLAS),LD_PRELOAD=$(BLAS)) $(VENV)/bin/python
+LAUNCH := $(if $(HOSTS),$(VENV)/bin/mlx.launch --hostfile "$(HOSTS)" -- $(CURDIR)/$(VENV)/bin/python,$(RUN))
+
+DATA     := $(WORK)/training_data
+ADAPTER  := $(WORK)/models/qwen3-vl-4b-lora-$(ADVISOR)
+MANIFEST := $(DATA)/training_data_manifest.jsonl
+TRAIN    := $(DATA)/training_data_$(ADVISOR)_train.jsonl
+VAL      := $(DATA)/training_data_$(ADVISOR)_val.jsonl
+REPORT   := $(WORK)/evaluation/comparison_report.json
+TRAINING := --base_model "$(BASE_MODEL)" --train_data "$(TRAIN)" --val_data "$(VAL)" --output_dir "$(ADAPTER)"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: help setup link prepare train plan eval demo test lint clean FORCE
+
+help: ## this list
+	@echo "make TARGET [VARIABLE=value ...]"; echo; echo "Targets"
+	@awk -F':.*## ' '/^[a-z][a-z-]*:.*## /{printf "  %-12s %s\n", $$1, $$2}' Makefile
+	@echo; echo "Variables and their defaults"
+	@awk -F'\\?= *|# *' '/^[A-Z_]+ *\?=/{printf "  %-12s %s%s\n", $$1, $$3, $$2 == "" ? "" : " [" $$2 "]"}' Makefile
+
+setup: $(READY) ## make .venv with everything the scripts need (BACKEND=cuda13 for NVIDIA GPUs)
+
+link: $(call escape,$(MANIFEST)) ## find the advisor's analyses and their photographs in the database
+
+prepare: $(call escape,$(TRAIN)) ## turn them into train and validation data without leaks
+
+train: $(call escape,$(ADAPTER))/.trained ## train the LoRA adapter; does nothing when it is up to date
+
+plan: $(READY) $(call escape,$(TRAIN)) ## estimate memory, time and adapter size without training
+	$(RUN) train_mlx_lora.py $(TRAINING) $(TRAIN_ARGS) --plan
+
+eval: train ## compare base and tuned model on held-out photographs; fails unless every gate passes
+	$(RUN) evaluate_lora.py --base_model "$(BASE_MODEL)" --lora_path "$(ADAPTER)" --val_data "$(VAL)" \
+	  --output_report "$(REPORT)" $(EVAL_ARGS)
+
+test: $(READY) ## run the tests
+	$(RUN) -m pytest
+
+lint: $(READY) ## check style and formatting with ruff
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean: ## remove the demo and the virtual environment, never data or adapters
+	rm -rf demo $(VENV)
+
+# mlx[cpu] and mlx[cudaNN] bring the same library file, so a change of backend removes the other first
+$(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	@echo "Installing into $(VENV) (about two minutes the first time)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@ls $(VENV)/.ready-* >/dev/null 2>&1 && test ! -e $@ && \
+	  $(VENV)/bin/pip uninstall -q -y mlx mlx-cpu mlx-cuda-12 mlx-cuda-13 || true
+	@rm -f $(VENV)/.ready-*
+	@sed 's/mlx\[cpu\]/mlx[$(BACKEND)]/' requirements.txt > $(VENV)/requirements.txt
+	$(VENV)/bin/pip install --disable-pip-version-check --no-input --progress-bar off \
+	  -r $(VENV)/requirements.txt -r requirements-dev.txt
+	@touch $@
+
+# A phase runs again when its input files or its own settings have changed; .settings files remember the latter.
+$(call escape,$(DATA))/.link-settings: SETTINGS = $(ADVISOR) $(DB) $(MONDRIAN) $(LINK_ARGS)
+$(call escape,$(DATA))/.prepare-settings: SETTINGS = $(ADVISOR) $(PREPARE_ARGS)
+$(call escape,$(DATA))/.%-settings: FORCE
+	@mkdir -p "$(DATA)"
+	@printf '%s\n' '$(SETTINGS)' | cmp -s - "$@" || printf '%s\n' '$(SETTINGS)' > "$@"
+
+# the -wal file is where a running service puts its newest jobs
+$(call escape,$(MANIFEST)): $(call escape,$(DATA))/.link-settings $(wildcard $(call escape,$(DB)) $(call escape,$(DB))-wal) | $(READY)
+	$(RUN) link_training_data.py --advisor "$(ADVISOR)" --db_path "$(DB)" --source_dir "$(MONDRIAN)/source" \
+	  --analysis_dir "$(MONDRIAN)/analysis_md" --output_dir "$(DATA)" $(LINK_ARGS)
+
+$(call escape,$(TRAIN)): $(call escape,$(MANIFEST)) $(call escape,$(DATA))/.prepare-settings
+	$(RUN) prepare_training_data.py --advisor "$(ADVISOR)" --manifest "$(MANIFEST)" --output_dir "$(DATA)" $(PREPARE_ARGS)
+
+$(call escape,$(ADAPTER))/.trained: $(call escape,$(TRAIN))
+	$(LAUNCH) train_mlx_lora.py $(TRAINING) $(TRAIN_ARGS)
+	@touch "$@"
