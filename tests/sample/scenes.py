@@ -1,0 +1,279 @@
+"""The sample's photographs: what each shows, how it is drawn, and what a critic says of it.
+
+Used by make_tree.py (photographs and jobs) and make_tiny_model.py (text for the tokenizer, pictures to look at).
+What a critic says follows from what can be seen, so that a model can learn it from the picture alone:
+the brighter the picture the higher Lighting, the sharper the higher Focus & Sharpness, and so on.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+
+DIMENSIONS = (
+    "Composition",
+    "Lighting",
+    "Focus & Sharpness",
+    "Color Harmony",
+    "Depth & Perspective",
+    "Visual Balance",
+    "Emotional Impact",
+)
+
+KINDS = ("mountain", "lake", "dunes", "forest", "cliff", "street", "still life", "boat")
+
+# kind -> sky at the top, sky at the horizon, ground, subject (RGB, before light and colour are applied)
+PALETTES = {
+    "mountain": ((64, 110, 190), (190, 205, 225), (96, 104, 84), (120, 116, 128)),
+    "lake": ((84, 146, 206), (206, 220, 226), (52, 104, 150), (44, 88, 60)),
+    "dunes": ((110, 160, 214), (236, 214, 176), (222, 176, 110), (196, 138, 72)),
+    "forest": ((140, 170, 150), (196, 208, 172), (70, 92, 46), (34, 84, 40)),
+    "cliff": ((96, 130, 168), (210, 206, 200), (40, 92, 112), (150, 92, 66)),
+    "street": ((150, 156, 172), (214, 196, 178), (92, 90, 94), (170, 74, 58)),
+    "still life": ((112, 92, 82), (150, 124, 104), (118, 70, 40), (208, 60, 44)),
+    "boat": ((120, 176, 214), (238, 200, 170), (46, 120, 148), (226, 222, 210)),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture before it is drawn. light, sharp, color and place lie in 0..1; planes is 1, 2 or 3."""
+
+    kind: str
+    light: float
+    sharp: float
+    color: float
+    place: float  # where the subject stands, 0 the left edge, 1 the right one
+    planes: int  # how many planes lie behind one another
+    upright: bool
+    seed: int
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """A scene whose qualities are drawn independently of one another."""
+    return Scene(
+        kind=rng.choice(KINDS),
+        light=rng.random(),
+        sharp=rng.random(),
+        color=rng.random(),
+        place=rng.uniform(0.12, 0.88),
+        planes=rng.randint(1, 3),
+        upright=rng.random() < 0.25,
+        seed=rng.getrandbits(32),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- drawing
+
+
+def draw(scene: Scene, long_side: int = 480) -> Image.Image:
+    """The photograph of a scene: RGB, long_side by three quarters of it (upright scenes the other way round)."""
+    width, height = (long_side * 3 // 4, long_side) if scene.upright else (long_side, long_side * 3 // 4)
+    rng = random.Random(scene.seed)
+    top, low, ground, subject = (np.array(color, dtype=np.float32) for color in PALETTES[scene.kind])
+    horizon = int(height * rng.uniform(0.45, 0.6))
+    fall = np.linspace(0, 1, horizon, dtype=np.float32)[:, None, None]
+    near = np.linspace(1, 0.6, height - horizon, dtype=np.float32)[:, None, None]
+    sky = (top * (1 - fall) + low * fall) * np.ones((1, width, 1), dtype=np.float32)
+    land = ground * near * np.ones((1, width, 1), dtype=np.float32)
+    picture = Image.fromarray(np.concatenate([sky, land]).astype(np.uint8))
+    pen = ImageDraw.Draw(picture)
+    for plane in range(scene.planes):
+        # each farther plane stands higher and takes more of the sky's colour
+        haze = (scene.planes - plane) / (scene.planes + 1)
+        color = tuple(int(v) for v in subject * (1 - haze) * 0.8 + low * haze)
+        base = horizon - int(height * 0.05 * (scene.planes - 1 - plane))
+        ridge = [(0, height if plane else horizon)]
+        for step in range(9):
+            ridge.append((width * step // 8, base - int(height * rng.uniform(0.0, 0.09))))
+        ridge.append((width, height if plane else horizon))
+        if plane < scene.planes - 1:
+            pen.polygon([(x, min(y, horizon)) for x, y in ridge], fill=color)
+    _draw_subject(pen, scene, rng, width, height, horizon, tuple(int(v) for v in subject))
+    grain = np.random.default_rng(scene.seed).normal(0, 7, (height, width, 1)).astype(np.float32)
+    picture = Image.fromarray(np.clip(np.asarray(picture, np.float32) + grain, 0, 255).astype(np.uint8))
+    picture = ImageEnhance.Color(picture).enhance(1.9 * scene.color)
+    if scene.sharp < 0.97:
+        picture = picture.filter(ImageFilter.GaussianBlur((1 - scene.sharp) * long_side / 36))
+    return ImageEnhance.Brightness(picture).enhance(0.25 + 1.2 * scene.light)
+
+
+def _draw_subject(pen, scene: Scene, rng: random.Random, width: int, height: int, horizon: int, color) -> None:
+    """The subject of the picture, upon the horizon at scene.place."""
+    x, size = int(width * scene.place), int(min(width, height) * rng.uniform(0.26, 0.34))
+    dark = tuple(v // 2 for v in color)
+    left, right, base = x - size // 2, x + size // 2, horizon + size // 3
+    if scene.kind == "mountain":
+        pen.polygon([(x - size, base), (x, horizon - size), (x + size, base)], fill=color)
+        pen.polygon([(x, horizon - size), (x + size, base), (x + size // 6, base)], fill=dark)
+        pen.polygon(
+            [(x - size // 5, horizon - size * 4 // 5), (x, horizon - size), (x + size // 5, horizon - size * 4 // 5)],
+            fill=(240, 240, 244),
+        )
+    elif scene.kind == "lake":
+        pen.ellipse([0, horizon + 4, width, height + size], fill=(70, 130, 180))
+        for tree in range(3):
+            foot = left + tree * size // 2
+            pen.polygon([(foot - size // 6, base), (foot, horizon - size // 2), (foot + size // 6, base)], fill=color)
+    elif scene.kind == "dunes":
+        pen.polygon([(x - size * 2, base), (x, horizon - size // 3), (x + size * 2, base)], fill=color)
+        pen.polygon([(x, horizon - size // 3), (x + size * 2, base), (x + size // 3, base)], fill=dark)
+    elif scene.kind == "forest":
+        for tree in range(5):
+            foot = x + (tree - 2) * size // 3
+            pen.rectangle([foot - size // 20, horizon - size // 2, foot + size // 20, base], fill=(60, 42, 30))
+            pen.ellipse([foot - size // 5, horizon - size, foot + size // 5, horizon - size // 4], fill=color)
+    elif scene.kind == "cliff":
+        edge = 0 if scene.place < 0.5 else width
+        pen.polygon([(edge, horizon - size), (x, horizon - size * 3 // 4), (x, base), (edge, base)], fill=color)
+        pen.line([(0, base), (width, base)], fill=(236, 240, 240), width=max(2, size // 14))
+    elif scene.kind == "street":
+        for house in range(3):
+            foot = left + house * size // 2 - size // 4
+            roof = horizon - size + house * size // 6
+            pen.rectangle([foot, roof, foot + size * 2 // 5, base], fill=color if house % 2 else dark)
+            pen.rectangle(
+                [foot + size // 8, roof + size // 6, foot + size // 4, roof + size // 3], fill=(250, 226, 140)
+            )
+    elif scene.kind == "still life":
+        pen.rectangle([0, horizon + size // 4, width, height], fill=(84, 50, 30))
+        for fruit, tint in enumerate((color, (230, 170, 40), (110, 150, 50))):
+            foot = x + (fruit - 1) * size // 2
+            pen.ellipse([foot - size // 3, horizon - size // 4, foot + size // 3, horizon + size // 3], fill=tint)
+    else:
+        pen.polygon([(left, horizon), (right, horizon), (right - size // 5, base), (left + size // 5, base)], fill=dark)
+        pen.polygon([(x, horizon - size), (x, horizon - 4), (right, horizon - 4)], fill=color)
+
+
+# ---------------------------------------------------------------------------------------------------- judging
+
+
+def scores(scene: Scene) -> list[int]:
+    """One score of 1 to 10 for each of DIMENSIONS, from what can be seen in the picture."""
+    off_third = min(abs(scene.place - 1 / 3), abs(scene.place - 2 / 3))
+    composition = 9 - round(24 * off_third)
+    lighting = 3 + round(6 * scene.light)
+    return [
+        composition,
+        lighting,
+        3 + round(6 * scene.sharp),
+        3 + round(6 * scene.color),
+        2 + 2 * scene.planes,
+        8 - round(8 * abs(scene.place - 0.5)),
+        round((composition + lighting) / 2),
+    ]
+
+
+# dimension -> for a low, a middling and a high score: (comment, recommendation); {it} is the subject
+ADAMS = {
+    "Composition": (
+        (
+            "The {it} is pushed to the edge and the eye slides out of the frame.",
+            "Step aside until the {it} meets a line of thirds.",
+        ),
+        ("The {it} is placed with care but nothing leads toward it.", "Let a line in the foreground lead to the {it}."),
+        ("The {it} rests upon the third and holds the whole frame.", "Keep the {it} here and wait for a cleaner edge."),
+    ),
+    "Lighting": (
+        (
+            "The light on the {it} is dim and the shadows block up.",
+            "Expose for the shadows of the {it} and place them on Zone III.",
+        ),
+        (
+            "Even light describes the {it} without carving it.",
+            "Wait for side light that carves the {it} out of the middle grays.",
+        ),
+        (
+            "Brilliant light models the {it} up to the high values.",
+            "Hold the texture of the {it} by placing the whites on Zone VIII.",
+        ),
+    ),
+    "Focus & Sharpness": (
+        (
+            "Everything about the {it} is soft, as if the camera had moved.",
+            "Set the camera on a tripod and focus upon the {it}.",
+        ),
+        (
+            "The {it} is nearly sharp while the far edge falls away.",
+            "Stop down to f/32 so that the {it} and the distance agree.",
+        ),
+        ("The {it} is crisp from the near ground to the horizon.", "Print the {it} larger, the negative will bear it."),
+    ),
+    "Color Harmony": (
+        (
+            "The {it} is drained nearly to gray, which asks for stronger tones.",
+            "Filter the {it} in red so that the grays separate.",
+        ),
+        (
+            "Quiet hues lie upon the {it} and none of them speaks first.",
+            "Choose one hue of the {it} and let the others yield.",
+        ),
+        (
+            "Rich hues ring through the {it} and answer each other.",
+            "Guard the hues of the {it} when the print is made.",
+        ),
+    ),
+    "Depth & Perspective": (
+        ("The {it} stands flat before an empty ground.", "Bring a near stone before the {it} to open the space."),
+        (
+            "A second plane behind the {it} begins to open the space.",
+            "Climb higher so that the planes behind the {it} unfold.",
+        ),
+        (
+            "Plane upon plane recedes behind the {it} into the haze.",
+            "Use the haze behind the {it} to set the planes apart.",
+        ),
+    ),
+    "Visual Balance": (
+        ("All weight falls to one side with the {it}.", "Answer the {it} with a form on the empty side."),
+        ("The {it} leans to one side but the sky steadies it.", "Give the sky above the {it} a little more room."),
+        ("The {it} and the open sky weigh the same.", "Keep the calm between the {it} and the sky."),
+    ),
+    "Emotional Impact": (
+        ("The {it} is recorded but not yet felt.", "Ask what the {it} meant to you before the next exposure."),
+        ("A quiet mood gathers about the {it}.", "Return to the {it} in weather and deepen the mood."),
+        (
+            "The {it} stands with a grandeur that stays with the viewer.",
+            "Make a second print of the {it} with darker skies.",
+        ),
+    ),
+}
+
+
+def level(score: int) -> int:
+    """0 for a low score, 1 for a middling one, 2 for a high one."""
+    return 0 if score <= 4 else 1 if score <= 6 else 2
+
+
+def describe(scene: Scene) -> str:
+    """The picture in one sentence: kind, light, colour, place of the subject."""
+    light = ("dark", "evenly lit", "bright")[level(scores(scene)[1])]
+    color = ("gray", "muted", "colorful")[level(scores(scene)[3])]
+    side = "left" if scene.place < 0.4 else "right" if scene.place > 0.6 else "middle"
+    return f"A {light}, {color} photograph of a {scene.kind}, with the subject on the {side} of the frame."
+
+
+def critique(scene: Scene) -> dict:
+    """What the sample's Ansel Adams says of the picture: the object that the service's system prompt asks for."""
+    given = scores(scene)
+    dimensions = []
+    for name, score in zip(DIMENSIONS, given, strict=True):
+        comment, advice = ADAMS[name][level(score)]
+        dimensions.append(
+            {
+                "name": name,
+                "score": score,
+                "comment": comment.format(it=scene.kind),
+                "recommendation": advice.format(it=scene.kind),
+            }
+        )
+    best = sorted(range(len(given)), key=lambda i: (-given[i], i))
+    return {
+        "image_description": describe(scene),
+        "dimensions": dimensions,
+        "overall_score": round(sum(given) / len(given), 1),
+        "key_strengths": [f"{DIMENSIONS[i]} of the {scene.kind}" for i in best[:2]],
+        "priority_improvements": [f"{DIMENSIONS[i]} of the {scene.kind}" for i in best[:-3:-1]],
+        "technical_notes": f"The {scene.kind} lies on Zone {('III', 'V', 'VII')[level(given[1])]}.",
+    }
