@@ -19,7 +19,8 @@ escape  = $(subst $(space),\$(space),$(1))
 
 VENV   := .venv
 READY  := $(VENV)/.ready-$(BACKEND)
-# MLX's CPU wheel brings slow reference BLAS; Debian's libopenblas0-pthread makes float32 products 30 times faster
+# MLX's CPU wheel brings slow reference BLAS: Debian's libopenblas0-pthread comes before it where it is there, else the
+# OpenBLAS of OpenCV's wheel (common/blas.py); both make float32 products 20 times faster
 BLAS   := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0 /usr/lib64/libopenblasp.so.0))
 RUN    := $(if $(BLAS),LD_PRELOAD=$(BLAS)) $(VENV)/bin/python
 LAUNCH := $(if $(HOSTS),$(VENV)/bin/mlx.launch --hostfile "$(HOSTS)" -- $(CURDIR)/$(VENV)/bin/python,$(RUN))
@@ -79,6 +80,7 @@ $(READY): requirements.txt requirements-dev.txt
 	@sed 's/mlx\[cpu\]/mlx[$(BACKEND)]/' requirements.txt > $(VENV)/requirements.txt
 	$(VENV)/bin/pip install --disable-pip-version-check --no-input --progress-bar off \
 	  -r $(VENV)/requirements.txt -r requirements-dev.txt
+	@$(VENV)/bin/python -m common.blas
 	@touch $@
 
 # A phase runs again when its input files or its own settings have changed; .settings files remember the latter.
