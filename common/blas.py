@@ -23,9 +23,7 @@ def main() -> None:
     found = sorted(path.relative_to(packages).as_posix() for path in packages.glob(PATTERN))
     if not found:
         if sys.platform == "linux":
-            click.echo(
-                "no OpenBLAS in OpenCV's wheel: install Debian's libopenblas0-pthread for fast training on the CPU"
-            )
+            click.echo("no OpenBLAS in OpenCV's wheel: Debian's libopenblas0-pthread makes the CPU fast")
         return
     # __file__ is not known in a .pth line; sitedir is the folder that site.addsitedir() is reading
     line = (
