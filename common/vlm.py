@@ -10,6 +10,7 @@ arrays and the static description of a decoder layer.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
+from mlx_vlm.generate import stream_generate
 from mlx_vlm.prompt_utils import apply_chat_template
 from mlx_vlm.trainer.peft import LoRALinear
 from mlx_vlm.utils import load as load_mlx_vlm
 from mlx_vlm.utils import process_inputs
 
-from common.errors import UserError
+from common.errors import UserError, refuse
 
 LAYERS = "language_model.model.layers"  # the prefix of every trained module's name
 END_OF_TURN = "<|im_end|>"
@@ -408,3 +410,69 @@ def _matrix(module: nn.Module) -> tuple[tuple, Packing | None]:
         parts = (module.weight, module.scales) if biases is None else (module.weight, module.scales, biases)
         return parts, Packing(module.group_size, module.bits, module.mode)
     return (module.weight,), None
+
+
+# -- several adapters over one base, and mlx-vlm's own generation -----------------------------------------------------
+
+
+def build_adapter(base: Base, tensors: dict[str, mx.array], rank: int, alpha: float) -> Adapter:
+    """Make the LoRA modules of a trained adapter without placing them; any number may exist over one base.
+
+    ``tensors`` as `common.adapter.read_adapter` gives them: lora_a [in, r] and lora_b [r, out] by MLX name. Raises
+    `UserError` naming every module that the base lacks or whose shape differs.
+    """
+    plain = {name: m for name, m in _plain_modules(base.model).items() if f"{name}.lora_a" in tensors}
+    names = {name.rpartition(".")[0] for name in tensors}
+    problems = [f"{name}: the base has no such module" for name in sorted(names - plain.keys())]
+    modules = {}
+    for name, linear in plain.items():
+        module = LoRALinear.from_base(linear, r=rank, dropout=0.0, scale=alpha / rank)
+        for part in ("lora_a", "lora_b"):
+            found, wanted = tensors[f"{name}.{part}"], module[part].shape
+            if found.shape != wanted:
+                problems.append(f"{name}.{part}: shape {found.shape}, the base needs {wanted}")
+            module[part] = found
+        module.freeze()
+        module.train(False)
+        modules[name] = module
+    refuse(problems)
+    mx.eval([[m.lora_a, m.lora_b] for m in modules.values()])
+    return Adapter(rank, alpha, 0.0, modules)
+
+
+def use_adapter(base: Base, adapter: Adapter | None) -> None:
+    """Put ``adapter`` in place of whichever adapter is on; None: the base alone. Nothing is copied."""
+    current = adapter_of(base.model)
+    if current is not None:
+        set_adapter(base.model, False)
+    object.__setattr__(base.model, "_adapter", adapter)
+    if adapter is not None:
+        adapter.on = False
+        set_adapter(base.model, True)
+
+
+def _plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the projections that LoRA can wrap, by full name, without the LoRA that may be around them."""
+    found = {}
+    for i, layer in enumerate(model.layers):
+        for name in TARGET_MODULES:
+            module = _child(layer, name)
+            found[f"{LAYERS}.{i}.{name}"] = module.linear if isinstance(module, LoRALinear) else module
+    return found
+
+
+def stop_tokens(base: Base) -> frozenset[int]:
+    """Return the token ids that end a turn, as mlx-vlm's generation takes them."""
+    return frozenset(base.processor.tokenizer.stopping_criteria.eos_token_ids)
+
+
+def stream(base: Base, prompt: str, photos: list, max_tokens: int) -> Iterator[int]:
+    """Yield greedy token ids one by one through mlx-vlm's own generation, as the service does; the end of turn is not
+    yielded. Preparing the photograph is part of it."""
+    text = apply_chat_template(base.processor, base.config, prompt, num_images=len(photos))
+    results = stream_generate(
+        base.model, base.processor, text, image=list(photos) or None, max_tokens=max_tokens, temperature=0.0
+    )
+    for result in results:
+        if result.finish_reason is None and result.token is not None:
+            yield int(result.token)
