@@ -332,7 +332,9 @@ class LayerSpec:
     head_dim: int
     eps: float
     packing: tuple[tuple[str, Packing | None], ...]  # per projection
+    widths: tuple[tuple[str, tuple[int, int]], ...]  # per projection: inputs, outputs
     lora: tuple[str, ...]  # the projections that have an adapter
+    rank: int
     lora_scale: float
     dropout: float
 
@@ -369,7 +371,7 @@ def decoder(model: nn.Module) -> Decoder:
             "q_norm": attention.q_norm.weight,
             "k_norm": attention.k_norm.weight,
         }
-        packing, pairs, full = [], {}, {}
+        packing, widths, pairs, full = [], [], {}, {}
         for name, short in _SHORT.items():
             module = _child(layer, name)
             if isinstance(module, LoRALinear):
@@ -378,6 +380,7 @@ def decoder(model: nn.Module) -> Decoder:
                 module = module.linear
             arrays[short], how = _matrix(module)
             packing.append((short, how))
+            widths.append((short, (linear_input(module), module.weight.shape[0])))
         specs.append(
             LayerSpec(
                 attention.n_heads,
@@ -385,7 +388,9 @@ def decoder(model: nn.Module) -> Decoder:
                 attention.head_dim,
                 text.args.rms_norm_eps,
                 tuple(packing),
+                tuple(widths),
                 tuple(pairs),
+                adapter.rank if pairs else 0,
                 adapter.scale if pairs else 0.0,
                 adapter.dropout if pairs else 0.0,
             )
