@@ -1,0 +1,245 @@
+"""What a training run needs in memory and what the device has: estimated from shapes before the first step.
+
+Sizes are bytes. The estimate counts what lives at the peak of a step: the base, the adapter with its gradients and
+moments, the activations that the backward pass needs, and the output head at the supervised positions.
+"""
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from common.errors import UserError
+from common.feed import padded
+
+GB = 1e9
+SHARE = {"metal": 0.95, "cuda": 0.92, "cpu": 0.8}  # of what the device offers; the rest is for what is not counted
+PAD_MULTIPLE = {"metal": 32, "cuda": 128, "cpu": 16}  # CUDA's fused attention backward wants 128; else padding is waste
+OUT_OF_MEMORY = re.compile(r"out of memory|malloc|unable to allocate|insufficient memory|bad_alloc", re.I)
+
+
+# -- the device -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device that trains: its backend ("metal", "cuda", "cpu"), what people call it, and its usable bytes."""
+
+    backend: str
+    name: str
+    offers: int
+
+    @property
+    def budget(self) -> int:
+        return int(SHARE[self.backend] * self.offers)
+
+
+def find_device() -> Device:
+    """Return the default device: a Mac's recommended working set, a GPU's memory, or the RAM that is free."""
+    info = mx.device_info()
+    name = str(info.get("device_name", info.get("architecture", "unknown device")))
+    if mx.default_device() == mx.Device(mx.cpu):
+        return Device("cpu", name, available_ram())
+    if mx.metal.is_available():
+        return Device("metal", name, int(info["max_recommended_working_set_size"]))
+    offers = info.get("free_memory") or info.get("total_memory") or info.get("memory_size") or available_ram()
+    return Device("cuda", name, int(offers))
+
+
+def available_ram() -> int:
+    """Return the bytes of RAM that a process may still take, a container's limit included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return min(free, max(0, limit - used))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of model and adapter decides the memory."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    itemsize: int  # bytes of an activation
+    quantized: bool
+    weights: int  # bytes of the base, vision tower included
+    trainable: int  # LoRA parameters
+    dropout: bool
+    fused_attention: bool
+
+
+def shape_of(model: nn.Module, rank: int, dropout: float, backend: str) -> Shape:
+    """Read the shape from a loaded model; the adapter need not be attached yet."""
+    text = model.language_model.args
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dtype = model.language_model.model.norm.weight.dtype
+    arrays = [a for name, a in tree_flatten(model.parameters()) if not name.endswith(("lora_a", "lora_b"))]
+    return Shape(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        intermediate=text.intermediate_size,
+        vocabulary=text.vocab_size,
+        itemsize=dtype.size,
+        quantized=any(array.dtype == mx.uint32 for array in arrays),
+        weights=sum(array.nbytes for array in arrays),
+        trainable=text.num_hidden_layers * rank * adapter_width(text, head_dim),
+        dropout=dropout > 0,
+        # Metal and the CPU have no fused backward; CUDA's takes 16-bit values and heads of at most 128
+        fused_attention=backend == "cuda" and dtype.size == 2 and head_dim <= 128,
+    )
+
+
+def adapter_width(text, head_dim: int) -> int:
+    """Return the sum of input and output widths of a layer's seven projections: LoRA parameters per rank."""
+    d, q, kv, i = (
+        text.hidden_size,
+        text.num_attention_heads * head_dim,
+        text.num_key_value_heads * head_dim,
+        text.intermediate_size,
+    )
+    return 2 * (d + q) + 2 * (d + kv) + 3 * (d + i)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is laid out so that it fits, and the bytes that it is estimated to need."""
+
+    micro: int
+    checkpointing: bool
+    multiple: int
+    length: int  # of the longest row
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.parts.items())
+        return f"{self.total / GB:.2f} GB ({parts})"
+
+
+def estimate(shape: Shape, micro: int, length: int, targets: int, checkpointing: bool, multiple: int) -> Plan:
+    """Estimate the peak of a step with ``micro`` rows of ``length`` tokens, ``targets`` of them supervised in each."""
+    rows = padded(length, multiple)
+    tokens, supervised = micro * rows, padded(micro * targets, multiple)
+    d, item = shape.hidden, shape.itemsize
+    q, kv, inner = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate
+    # what one layer's backward pass needs of its forward pass, in values a token
+    kept = 4 * d + 4 * q + 6 * kv + 4 * inner
+    if shape.dropout:  # each projection's own thinned input
+        kept += 5 * d + q + inner
+    layer = tokens * kept * item
+    if not shape.fused_attention:
+        layer += 2 * micro * shape.heads * rows * rows * item  # scores and their softmax
+    working = 2 * layer  # the layer in hand: its activations and their gradients
+    if shape.quantized:
+        working += item * (2 * d * q + 2 * d * kv + 3 * d * inner) // 2  # matrices dequantized for its products
+    saved = shape.layers * (tokens * d * item if checkpointing else layer)
+    head = supervised * shape.vocabulary * (4 + 2 * item)
+    moments = 4 * shape.trainable
+    return Plan(
+        micro, checkpointing, multiple, length,
+        {
+            "base": shape.weights,
+            "adapter and optimizer": 6 * moments,
+            "activations": saved,
+            "layer or head in hand": max(working, head) + 4 * tokens * d * item,
+        },
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user fixed; None where the memory decides."""
+
+    batch_size: int
+    micro: int | None = None
+    checkpointing: bool | None = None
+
+
+def fit(
+    shape: Shape, device: Device, lengths: list[int], targets: list[int], choice: Choice, multiple: int
+) -> Plan | None:
+    """Return the fastest layout of these rows that fits the device, or None.
+
+    Checkpointing recomputes every layer and costs about a third of the speed; smaller micro-batches cost little.
+    """
+    longest, most = max(lengths), max(targets)
+    micros = (
+        [choice.micro]
+        if choice.micro
+        else sorted({-(-choice.batch_size // n) for n in range(1, choice.batch_size + 1)}, reverse=True)
+    )
+    for checkpointing in [False, True] if choice.checkpointing is None else [choice.checkpointing]:
+        for micro in micros:
+            plan = estimate(shape, micro, longest, most, checkpointing, multiple)
+            if plan.total <= device.budget:
+                return plan
+    return None
+
+
+def longest_that_fits(
+    shape: Shape, device: Device, lengths: list[int], targets: list[int], choice: Choice, multiple: int
+) -> int:
+    """Return the length of the longest row that can be trained on with every means of saving memory; 0 if none can."""
+    for length, target in sorted(zip(lengths, targets, strict=True), reverse=True):
+        if fit(shape, device, [length], [target], replace(choice, batch_size=1), multiple):
+            return length
+    return 0
+
+
+def too_large(
+    shape: Shape, device: Device, lengths: list[int], targets: list[int], choice: Choice, multiple: int
+) -> UserError:
+    """Return the error that names the flags to change, with numbers."""
+    least = Choice(1, 1, True if choice.checkpointing is None else choice.checkpointing)
+    plan = estimate(shape, choice.micro or 1, max(lengths), max(targets), bool(least.checkpointing), multiple)
+    advice = []
+    if choice.micro not in (None, 1):
+        advice.append("--micro_batch_size 1")
+    if choice.checkpointing is False:
+        saved = plan.total - estimate(shape, plan.micro, plan.length, max(targets), True, multiple).total
+        advice.append(f"--grad_checkpointing on (saves {saved / GB:.1f} GB)")
+    if length := longest_that_fits(
+        shape, device, lengths, targets, replace(choice, micro=1, checkpointing=True), multiple
+    ):
+        kept = sum(other <= length for other in lengths)
+        advice.append(f"--max_seq_length {length} (keeps {kept} of {len(lengths)} examples)")
+    advice.append("--max_image_size 768 (44% fewer image tokens than 1024)")
+    halved = 6 * 4 * shape.trainable / 2
+    if halved > 0.02 * device.budget:
+        advice.append(f"half the --lora_r (saves {halved / GB:.1f} GB)")
+    if not shape.quantized:
+        advice.append(f"a 4-bit --base_model (saves about {0.7 * shape.weights / GB:.1f} GB)")
+    return UserError(
+        f"{device.name} has {device.budget / GB:.2f} GB for training and this run needs about {plan}, at micro-batch "
+        f"{plan.micro} with{'' if plan.checkpointing else 'out'} checkpointing. Try " + ", or ".join(advice)
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a RuntimeError of MLX's, or a MemoryError, means that the device is full."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))

@@ -1,0 +1,56 @@
+"""Data-parallel training over MLX's own engine: ring between machines, NCCL between GPUs, or a single process.
+
+Started by `mlx.launch -n 2 python train_mlx_lora.py ...` (or --hostfile); without it there is one process and
+nothing here costs anything.
+"""
+
+import os
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+LAUNCHED_BY = ("MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together. ``rank`` 0 alone writes files and speaks."""
+
+    rank: int = 0
+    world: int = 1
+    group: object = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, array: mx.array) -> mx.array:
+        """Return the sum over all processes (lazily)."""
+        return array if self.world == 1 else mx.distributed.all_sum(array, group=self.group)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any process says yes, so that all do the same."""
+        return flag if self.world == 1 else bool(self.sum(mx.array([1.0 if flag else 0.0])).item())
+
+    def from_first(self, array: mx.array) -> mx.array:
+        """Return rank 0's array; the others pass one of the same shape and dtype."""
+        return array if self.world == 1 else self.sum(array if self.first else mx.zeros_like(array))
+
+    def text_from_first(self, text: str) -> str:
+        """Return rank 0's text."""
+        if self.world == 1:
+            return text
+        data = text.encode() if self.first else b""
+        size = int(self.sum(mx.array([len(data)], dtype=mx.int32)).item())
+        values = np.zeros(size, dtype=np.int32)
+        values[: len(data)] = np.frombuffer(data, dtype=np.uint8)
+        return bytes(np.array(self.sum(mx.array(values))).astype(np.uint8)).decode()
+
+
+def join_processes() -> Processes:
+    """Join the processes that `mlx.launch` or mpirun started with this one; alone if there are none."""
+    if not any(name in os.environ for name in LAUNCHED_BY):
+        return Processes()
+    group = mx.distributed.init()
+    return Processes(group.rank(), group.size(), group)
