@@ -53,10 +53,10 @@ from common.photo import MAX_IMAGE_SIZE
 from common.plan import AUTO, Layout, check_numbers, choose_layout, limit_cache, print_plan, whole_number
 from common.progress import TrainingLog, make_reporter, say
 from common.run_folder import RunFolder, data_differences, refuse_differences, take_over
-from common.step import collate, loss_and_grads, loss_only
+from common.step import Batch, collate, loss_only, pack_lora, packed_loss_and_grads, unpack_lora
 from common.training_data import DataFile, check_apart, read_data, report_overlong, resolve_paths
 from common.verdict import loss_summary, verdict
-from common.vlm import Base, Row, attach_lora, load_base, lora_parameters, update_lora
+from common.vlm import Base, attach_lora, load_base, lora_parameters
 
 option = functools.partial(click.option, show_default=True)
 COUNT, POSITIVE = click.IntRange(0), click.IntRange(1)
@@ -300,7 +300,7 @@ class Run:
         self.an_epoch = steps_per_epoch(len(self.train), self.sharding.global_batch)
         self.total = settings.epochs * self.an_epoch
         self.warmup = warmup_within(settings.warmup_steps, self.total)
-        self.optimizer = AdamW(lora_parameters(self.base.model), settings.weight_decay)
+        self.optimizer = AdamW(pack_lora(self.base.model), settings.weight_decay)
         self.position, self.best = Position(), {}
         if found:
             self._restore(*found)
@@ -318,13 +318,12 @@ class Run:
         tensors = {name: mx.zeros_like(self.optimizer.values) for name in names}
         if self.processes.first:
             tensors = mx.load(str(checkpoint / "optimizer.safetensors"))
-            tensors["values"] = self.optimizer.flatten(mx.load(str(checkpoint / "adapter.safetensors")))
+            tensors["values"] = pack_lora(self.base.model, mx.load(str(checkpoint / "adapter.safetensors")))
             best = checkpoint / "best.safetensors"
             self.best = mx.load(str(best)) if best.is_file() else {}
         tensors = {name: self.processes.from_first(tensors[name]) for name in names}
         mx.eval(tensors, self.best)
         self.optimizer.restore(tensors, self.position.step)
-        update_lora(self.base.model, self.optimizer.parameters())
 
     def save(self) -> Path | None:
         """Write a checkpoint of the present position."""
@@ -344,7 +343,7 @@ class Run:
             "base_fingerprint": self.fingerprint,
             "versions": versions(),
         }
-        tensors = {"adapter": self.optimizer.parameters(mx.float32)}
+        tensors = {"adapter": unpack_lora(self.base.model, self.optimizer.values)}
         tensors["optimizer"] = {"first": self.optimizer.first, "second": self.optimizer.second}
         if self.best:
             tensors["best"] = self.best
@@ -352,7 +351,9 @@ class Run:
 
     def delivered(self) -> dict[str, mx.array]:
         """Return the adapter in the base's own precision, which is also what the forward pass rounds it to."""
-        return self.optimizer.parameters(self.base.model.language_model.model.norm.weight.dtype)
+        dtype = self.base.model.language_model.model.norm.weight.dtype
+        tensors = unpack_lora(self.base.model, self.optimizer.values)
+        return {name: tensor.astype(dtype) for name, tensor in tensors.items()}
 
 
 def say_what_is_trained(run: Run, modules: list[str]) -> None:
@@ -360,7 +361,7 @@ def say_what_is_trained(run: Run, modules: list[str]) -> None:
         return
     validation = f"{len(run.val)} for validation" if run.val else "none for validation (best = last)"
     click.echo(
-        f"{sum(p.size for p in lora_parameters(run.base.model).values()):,} parameters in {len(modules)} modules; "
+        f"{run.optimizer.values.size:,} parameters in {len(modules)} modules; "
         f"{len(run.train)} examples to train on, {validation}; {run.total} steps, {run.an_epoch} an epoch, "
         f"{run.warmup} of warm-up" + (f"; going on after step {run.position.step}" if run.position.step else "")
     )
@@ -377,13 +378,13 @@ def train_loop(run: Run) -> None:
     steps = range(position.step, 0 if position.done else run.total)
     plans = (micro_batches(run.train.lengths, step, settings.seed, run.sharding) for step in steps)
     incoming = feed(run.train, plans)
-    rows = on_device(next(incoming, []))
+    batches = to_device(run, next(incoming, []))
     mx.reset_peak_memory()
     with StopRequest() as stop, progress_bar(run) as bar:
         for step in steps:
             started = time.perf_counter()
-            dispatched = dispatch(run, step, rows, bool(stop))
-            rows = on_device(next(incoming, []))
+            dispatched = dispatch(run, step, batches, bool(stop))
+            batches = to_device(run, next(incoming, []))
             figures, stopping = wait_for(run, step, dispatched, started)
             position.step = step + 1
             report(run, bar, figures)
@@ -400,9 +401,12 @@ def train_loop(run: Run) -> None:
                 leave(run, stop)
 
 
-def on_device(rows: list[list[HostRow]]) -> list[list[Row]]:
-    """Copy the rows of a step's micro-batches to the device."""
-    return [[row.to_row() for row in micro] for micro in rows]
+def to_device(run: Run, rows: list[list[HostRow]]) -> list[Batch]:
+    """Copy the rows of a step's micro-batches to the device and put the first batch together there."""
+    batches = [collate(run.base.model, [row.to_row() for row in micro], run.layout.multiple) for micro in rows]
+    if batches:
+        mx.async_eval(batches[0].arrays)
+    return batches
 
 
 def progress_bar(run: Run) -> tqdm:
@@ -425,28 +429,30 @@ class Dispatched:
     targets: int  # of them, those that the loss counts
 
 
-def dispatch(run: Run, step: int, rows: list[list[Row]], stop: bool) -> Dispatched:
+def dispatch(run: Run, step: int, batches: list[Batch], stop: bool) -> Dispatched:
     """Start one optimizer step: gradients of all micro-batches, their mean per token over the global batch, AdamW."""
     settings, optimizer, model = run.settings, run.optimizer, run.base.model
     members = step_examples(len(run.train), step, settings.seed, run.sharding)
     tokens, targets = (sum(counts[index] for index in members) for counts in (run.train.lengths, run.train.targets))
-    losses, gradients = [], None
-    for index, micro in enumerate(rows):
-        seed = (settings.seed, step, run.processes.rank, index) if settings.lora_dropout else None
-        batch = collate(model, micro, run.layout.multiple)
-        loss, _, gradients = loss_and_grads(
-            model, batch, checkpointing=run.layout.checkpointing, seed=seed, grads=gradients
+    losses, gradient = [], None
+    for index, batch in enumerate(batches):
+        loss, _, gradient = packed_loss_and_grads(
+            model,
+            batch,
+            optimizer.values,
+            checkpointing=run.layout.checkpointing,
+            seed=(settings.seed, step, run.processes.rank, index) if settings.lora_dropout else None,
+            grads=gradient,
         )
-        mx.async_eval(loss, gradients)
+        mx.async_eval(loss, gradient)
         losses.append(loss)
     # in an epoch's last step a process may have no rows; it takes part with zeros
-    own = optimizer.flatten(gradients) if gradients else mx.zeros_like(optimizer.values)
+    own = mx.zeros_like(optimizer.values) if gradient is None else gradient
     gradient, norm = clip(run.processes.sum(own) / targets, settings.max_grad_norm)
     rate = learning_rate_at(step, run.total, settings.learning_rate, run.warmup)
     optimizer.update(gradient, rate, mx.isfinite(norm))
-    update_lora(model, optimizer.parameters())
     totals = run.processes.sum(mx.stack([sum(losses, mx.array(0.0)), mx.array(float(stop))]))
-    mx.async_eval(totals, norm, optimizer.state(), lora_parameters(model))
+    mx.async_eval(totals, norm, optimizer.state())
     return Dispatched(losses, totals, norm, rate, tokens, targets)
 
 
@@ -529,9 +535,8 @@ def validation_loss(run: Run) -> float:
     total = mx.array(0.0)
     batches = [[micro] for micro in evaluation_batches(run.val.lengths, run.sharding)]
     for (micro,) in feed(run.val, batches):
-        loss, _ = loss_only(
-            run.base.model, collate(run.base.model, [row.to_row() for row in micro], run.layout.multiple)
-        )
+        batch = collate(run.base.model, [row.to_row() for row in micro], run.layout.multiple)
+        loss, _ = loss_only(run.base.model, batch, run.optimizer.values)
         total = total + loss
         mx.eval(total)
     mean = run.processes.sum(total).item() / sum(run.val.targets)
@@ -542,7 +547,8 @@ def validation_loss(run: Run) -> float:
 
 
 def loss_of(run: Run, prepared: Prepared, indices: list[int]) -> float:
-    loss, tokens = loss_only(run.base.model, collate(run.base.model, prepared.rows(indices), run.layout.multiple))
+    batch = collate(run.base.model, prepared.rows(indices), run.layout.multiple)
+    loss, tokens = loss_only(run.base.model, batch, run.optimizer.values)
     return loss.item() / tokens
 
 

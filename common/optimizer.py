@@ -21,40 +21,23 @@ def warmup_within(warmup_steps: int, total_steps: int) -> int:
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with bias correction, in float32.
 
-    All parameters live in one vector: one kernel an operation instead of one for each of the hundreds of LoRA
-    matrices, one collective between machines, one tensor a moment in a checkpoint. ``parameters`` gives the order
-    (by name), the shapes, and the dtype that the model is handed back.
+    All parameters are one vector (`common.step.pack_lora`): one kernel an operation instead of one for each of the
+    hundreds of LoRA matrices, and one tensor a moment in a checkpoint.
     """
 
     def __init__(
         self,
-        parameters: dict[str, mx.array],
+        values: mx.array,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
     ):
-        self.layout = {name: (parameters[name].shape, parameters[name].dtype) for name in sorted(parameters)}
-        self.weight_decay, self.betas, self.epsilon = weight_decay, betas, epsilon
-        self.values = self.flatten(parameters)
-        self.first = mx.zeros_like(self.values)
-        self.second = mx.zeros_like(self.values)
+        self.values, self.weight_decay, self.betas, self.epsilon = values, weight_decay, betas, epsilon
+        self.first, self.second = mx.zeros_like(values), mx.zeros_like(values)
         self.updates = 0
 
-    def flatten(self, tensors: dict[str, mx.array]) -> mx.array:
-        """Lay tensors of this layout out as one float32 vector [number of parameters]."""
-        return mx.concatenate([tensors[name].astype(mx.float32).reshape(-1) for name in self.layout])
-
-    def parameters(self, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
-        """Return the current parameters by name, in the model's dtype or in ``dtype``."""
-        tensors, offset = {}, 0
-        for name, (shape, own) in self.layout.items():
-            size = math.prod(shape)
-            tensors[name] = self.values[offset : offset + size].reshape(shape).astype(dtype or own)
-            offset += size
-        return tensors
-
     def update(self, gradient: mx.array, learning_rate: float, valid: mx.array) -> None:
-        """Take one step down ``gradient`` (flat, float32), or none where ``valid`` (bool []) is false.
+        """Take one step down ``gradient`` (a vector like the values), or none where ``valid`` (bool []) is false.
 
         Lazy: evaluate `state()` after it. The device decides by ``valid``, so that a gradient which is not a number
         never reaches the weights, without the host having to wait for its norm first.
