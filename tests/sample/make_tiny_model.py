@@ -9,7 +9,9 @@ Reads nothing. The same options give the same files on the same machine.
 """
 
 import json
+import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -58,14 +60,22 @@ CHAT_TEMPLATE = """\
 @click.command()
 @click.option("--output_dir", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the weights.")
-@click.option("--vocab_size", default=1536, show_default=True, help="Tokens of the tokenizer, special tokens included.")
-def main(output_dir: Path, seed: int, vocab_size: int) -> None:
+@click.option("--pretrain_steps", default=0, show_default=True, help="Steps of pre-training; 0 leaves random weights.")
+@click.option("--pretrain_seconds", default=60.0, show_default=True, help="Stop pre-training after so long.")
+@click.option("--vocab_size", default=2304, show_default=True, help="Tokens of the tokenizer, special tokens included.")
+def main(output_dir: Path, seed: int, pretrain_steps: int, pretrain_seconds: float, vocab_size: int) -> None:
     """Make a tiny Qwen3-VL model folder."""
     output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(vocab_size)
     write_tokenizer(output_dir, tokenizer)
     config = write_configs(output_dir, tokenizer)
     model = random_model(config, seed)
+    if pretrain_steps:
+        from mlx_vlm.utils import load_processor
+
+        from tests.sample.pretraining import pretrain
+
+        pretrain(model, load_processor(output_dir), config, pretrain_steps, pretrain_seconds, seed)
     save_weights(output_dir, model)
     click.echo(
         f"tiny Qwen3-VL: {count_parameters(model):,} parameters, {tokenizer.get_vocab_size()} tokens -> {output_dir}"
@@ -73,14 +83,16 @@ def main(output_dir: Path, seed: int, vocab_size: int) -> None:
 
 
 def corpus() -> list[str]:
-    """Text for the tokenizer: the prompts, and critiques of random scenes in the form of the service's answers."""
-    import random
+    """Text for the tokenizer: the prompts, and for random scenes what the sample's critics say of them."""
+    from tests.sample.pretraining import CRITIQUE_PROMPT, MEASURE_PROMPT, generic_critique, measurement
 
     rng = random.Random(1)
-    texts = [sample_prompt(advisor) for advisor in ADVISORS] * 40
-    for _ in range(400):
-        critique = scenes.critique(scenes.random_scene(rng))
-        texts.append(json.dumps(critique, ensure_ascii=False, separators=(",", ":")))
+    texts = [sample_prompt(advisor) for advisor in ADVISORS] * 40 + [CRITIQUE_PROMPT, MEASURE_PROMPT] * 100
+    for _ in range(300):
+        # qualities drawn apart from one another, so that every sentence is met often enough to become a token
+        scene = replace(scenes.random_scene(rng), light=rng.random(), sharp=rng.random(), color=rng.random())
+        texts.append(json.dumps(scenes.critique(scene), ensure_ascii=False, separators=(",", ":")))
+        texts += [generic_critique(scene), measurement(scene)]
     return texts
 
 
@@ -148,10 +160,10 @@ def write_configs(folder: Path, tokenizer) -> dict:
             "vocab_size": tokenizer.get_vocab_size(),
             "hidden_size": 128,
             "intermediate_size": 256,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
@@ -159,7 +171,7 @@ def write_configs(folder: Path, tokenizer) -> dict:
             "max_position_embeddings": 32768,
             "rms_norm_eps": 1e-06,
             "rope_theta": 5000000,
-            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [12, 10, 10], "rope_type": "default"},
             "tie_word_embeddings": True,
             "use_cache": True,
             "bos_token_id": ids["<|endoftext|>"],
@@ -168,14 +180,14 @@ def write_configs(folder: Path, tokenizer) -> dict:
         "vision_config": {
             "model_type": "qwen3_vl",
             "dtype": "float32",
-            "depth": 3,
+            "depth": 2,
             "deepstack_visual_indexes": [0, 1],
             "hidden_act": "gelu_pytorch_tanh",
             "hidden_size": 64,
             "in_channels": 3,
             "initializer_range": 0.02,
             "intermediate_size": 128,
-            "num_heads": 4,
+            "num_heads": 2,
             "num_position_embeddings": 64,
             "out_hidden_size": 128,
             "patch_size": 16,
@@ -198,7 +210,7 @@ def write_configs(folder: Path, tokenizer) -> dict:
     )
     # photographs shrink to at most 128 x 128 pixels, so 16 image tokens at most
     image = {
-        "size": {"shortest_edge": 64 * 64, "longest_edge": 128 * 128},
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 96 * 96},
         "patch_size": 16,
         "temporal_patch_size": 2,
         "merge_size": 2,

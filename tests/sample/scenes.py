@@ -51,12 +51,14 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene whose qualities are drawn independently of one another."""
+    """A scene drawn by chance."""
+    light = rng.random()
     return Scene(
         kind=rng.choice(KINDS),
-        light=rng.random(),
-        sharp=rng.random(),
-        color=rng.random(),
+        light=light,
+        # dim light costs sharpness and colour, as it does outdoors
+        sharp=0.5 * light + 0.5 * rng.random(),
+        color=0.5 * light + 0.5 * rng.random(),
         place=rng.uniform(0.12, 0.88),
         planes=rng.randint(1, 3),
         upright=rng.random() < 0.25,
@@ -72,7 +74,7 @@ def draw(scene: Scene, long_side: int = 480) -> Image.Image:
     width, height = (long_side * 3 // 4, long_side) if scene.upright else (long_side, long_side * 3 // 4)
     rng = random.Random(scene.seed)
     top, low, ground, subject = (np.array(color, dtype=np.float32) for color in PALETTES[scene.kind])
-    horizon = int(height * rng.uniform(0.45, 0.6))
+    horizon = int(height * rng.uniform(0.4, 0.68))
     fall = np.linspace(0, 1, horizon, dtype=np.float32)[:, None, None]
     near = np.linspace(1, 0.6, height - horizon, dtype=np.float32)[:, None, None]
     sky = (top * (1 - fall) + low * fall) * np.ones((1, width, 1), dtype=np.float32)
@@ -90,8 +92,10 @@ def draw(scene: Scene, long_side: int = 480) -> Image.Image:
         ridge.append((width, height if plane else horizon))
         if plane < scene.planes - 1:
             pen.polygon([(x, min(y, horizon)) for x, y in ridge], fill=color)
+    _draw_chance(pen, rng, width, height, horizon, low, ground)
     _draw_subject(pen, scene, rng, width, height, horizon, tuple(int(v) for v in subject))
-    grain = np.random.default_rng(scene.seed).normal(0, 7, (height, width, 1)).astype(np.float32)
+    # the grain of a fixed sensor: a smaller print averages it out
+    grain = np.random.default_rng(scene.seed).normal(0, long_side / 70, (height, width, 1)).astype(np.float32)
     picture = Image.fromarray(np.clip(np.asarray(picture, np.float32) + grain, 0, 255).astype(np.uint8))
     picture = ImageEnhance.Color(picture).enhance(1.9 * scene.color)
     if scene.sharp < 0.97:
@@ -144,6 +148,19 @@ def _draw_subject(pen, scene: Scene, rng: random.Random, width: int, height: int
     else:
         pen.polygon([(left, horizon), (right, horizon), (right - size // 5, base), (left + size // 5, base)], fill=dark)
         pen.polygon([(x, horizon - size), (x, horizon - 4), (right, horizon - 4)], fill=color)
+
+
+def _draw_chance(pen, rng: random.Random, width: int, height: int, horizon: int, low, ground) -> None:
+    """Clouds and stones where they happen to be: two pictures of one subject differ as two photographs do."""
+    cloud = tuple(int(v) for v in np.minimum(low * 1.12, 255))
+    for _ in range(rng.randint(0, 5)):
+        x, y, size = rng.randrange(width), rng.randrange(max(1, horizon // 2)), rng.uniform(0.05, 0.16) * width
+        pen.ellipse([x - size * 1.6, y - size * 0.4, x + size * 1.6, y + size * 0.4], fill=cloud)
+    for _ in range(rng.randint(0, 6)):
+        x, y = rng.randrange(width), rng.randint(horizon + (height - horizon) // 3, height)
+        size, shade = rng.uniform(0.02, 0.1) * width, rng.uniform(0.35, 1.3)
+        stone = tuple(int(min(v * shade, 255)) for v in ground)
+        pen.ellipse([x - size, y - size * 0.6, x + size, y + size * 0.6], fill=stone)
 
 
 # ---------------------------------------------------------------------------------------------------- judging
@@ -246,12 +263,16 @@ def level(score: int) -> int:
     return 0 if score <= 4 else 1 if score <= 6 else 2
 
 
+def side(scene: Scene) -> str:
+    """Where the subject stands, in a word."""
+    return "left" if scene.place < 0.4 else "right" if scene.place > 0.6 else "middle"
+
+
 def describe(scene: Scene) -> str:
     """The picture in one sentence: kind, light, colour, place of the subject."""
     light = ("dark", "evenly lit", "bright")[level(scores(scene)[1])]
     color = ("gray", "muted", "colorful")[level(scores(scene)[3])]
-    side = "left" if scene.place < 0.4 else "right" if scene.place > 0.6 else "middle"
-    return f"A {light}, {color} photograph of a {scene.kind}, with the subject on the {side} of the frame."
+    return f"A {light}, {color} photograph of a {scene.kind}, with the subject on the {side(scene)} of the frame."
 
 
 def critique(scene: Scene) -> dict:
