@@ -9,6 +9,7 @@ LINK_ARGS    ?=#                              more options for link_training_dat
 PREPARE_ARGS ?=#                              more options for prepare_training_data.py
 TRAIN_ARGS   ?=#                              more options for train_mlx_lora.py, e.g. "--epochs 5"
 EVAL_ARGS    ?=#                              more options for evaluate_lora.py
+VERSION      ?=#                              version for make promote: v1, v2, ...
 HOSTS        ?=#                              hostfile of mlx.launch: train on several machines or GPUs
 BACKEND      ?= cpu#                          Linux: cpu, cuda12 or cuda13; macOS always has Metal
 PYTHON       ?= python3#                      the Python (3.11 or newer) that .venv is made with
@@ -31,12 +32,13 @@ MANIFEST := $(DATA)/training_data_manifest.jsonl
 TRAIN    := $(DATA)/training_data_$(ADVISOR)_train.jsonl
 VAL      := $(DATA)/training_data_$(ADVISOR)_val.jsonl
 REPORT   := $(WORK)/evaluation/comparison_report.json
+VERSIONS := --advisor "$(ADVISOR)" --work "$(WORK)"
 TRAINING := --base_model "$(BASE_MODEL)" --train_data "$(TRAIN)" --val_data "$(VAL)" --output_dir "$(ADAPTER)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup link prepare train plan eval demo test lint clean FORCE
+.PHONY: help setup link prepare train plan eval iterate promote rollback versions demo test lint clean FORCE
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value ...]"; echo; echo "Targets"
@@ -58,6 +60,19 @@ plan: $(READY) $(call escape,$(TRAIN)) ## estimate memory, time and adapter size
 eval: train ## compare base and tuned model on held-out photographs; fails unless every gate passes
 	$(RUN) evaluate_lora.py --base_model "$(BASE_MODEL)" --lora_path "$(ADAPTER)" --val_data "$(VAL)" \
 	  --output_report "$(REPORT)" $(EVAL_ARGS)
+
+iterate: $(READY) ## train the next version, compare it with the one in use, promote it if every gate passes
+	$(RUN) -m common.versions iterate $(VERSIONS) --mondrian "$(MONDRIAN)" --db_path "$(DB)" --base_model "$(BASE_MODEL)" \
+	  --link_args="$(LINK_ARGS)" --prepare_args="$(PREPARE_ARGS)" --train_args="$(TRAIN_ARGS)" --eval_args="$(EVAL_ARGS)"
+
+promote: $(READY) ## put a version in use (VERSION=v2; default: the newest) if its report passes every gate
+	$(RUN) -m common.versions promote $(VERSIONS) $(if $(VERSION),--version "$(VERSION)")
+
+rollback: $(READY) ## put the version before the one in use in use again
+	$(RUN) -m common.versions rollback $(VERSIONS)
+
+versions: $(READY) ## table of the advisor's versions with their figures
+	$(RUN) -m common.versions list $(VERSIONS)
 
 test: $(READY) ## run the tests
 	$(RUN) -m pytest
