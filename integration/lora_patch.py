@@ -513,11 +513,14 @@ def module_name(key: str) -> tuple[str, str] | None:
     match = re.fullmatch(r"(?:base_model\.model\.)?(.+?)\.(?:lora_([ab])|lora_([AB])(?:\.[\w-]+)?\.weight|([AB]))", key)
     if not match:
         return None
-    module, side = match[1], (match[2] or match[3] or match[4]).lower()
-    module = re.sub(r"^model\.visual\.|^visual\.", "vision_tower.", module)
-    prefixes = r"^(model\.language_model\.layers\.|language_model\.layers\.|model\.layers\.|layers\.)"
-    module = re.sub(prefixes, LANGUAGE, module)
-    return re.sub(r"^lm_head$", "language_model.lm_head", module), side
+    return _mlx_module(match[1]), (match[2] or match[3] or match[4]).lower()
+
+
+def _mlx_module(name: str) -> str:
+    """Return mlx-vlm's name of a module that transformers calls ``name``."""
+    name = re.sub(r"^(model\.)?visual\.", "vision_tower.", name)
+    name = re.sub(r"^(model\.language_model\.|language_model\.|model\.)?layers\.", LANGUAGE, name)
+    return re.sub(r"^lm_head$", "language_model.lm_head", name)
 
 
 def _pair(file: Path, tensors: dict, config: dict) -> dict:
@@ -636,20 +639,44 @@ def _rank(value, name: str, path: Path) -> int:
     return value
 
 
-def check_base(adapter: Adapter, served: dict | None) -> list[str]:
+def check_base(adapter: Adapter, served: Base | None) -> list[str]:
     """Return warnings of using the adapter on the served base; LoraError, naming both, when it is another model."""
+    if served is not None:
+        if adapter.trained_on is not None:
+            errors, doubts = compare_fingerprints(adapter.trained_on, served.fingerprint)
+            if errors:
+                raise LoraError(f"{adapter.path}: {'; '.join(errors)}")
+        check_shapes(adapter, served.linear)
     if adapter.trained_on is None:
         return [f"{adapter.path}: says nothing of its base model; only shapes can be checked"]
     if served is None:
         return [f"{adapter.path}: the served model's files were not found; only shapes can be checked"]
-    errors, doubts = compare_fingerprints(adapter.trained_on, served)
-    if errors:
-        raise LoraError(f"{adapter.path}: {'; '.join(errors)}")
     return [f"{adapter.path}: {doubt}" for doubt in doubts]
 
 
-def served_fingerprint(name: str) -> dict | None:
-    """Return the fingerprint of a model folder or of a hub model in the local cache; None when it is not here."""
+def check_shapes(adapter: Adapter, linear: dict[str, tuple[int, int]]) -> None:
+    """Hold every update against the linear layer that it is for; LoraError counts those that do not fit."""
+    problems = []
+    for name, (a, b, _) in adapter.layers.items():
+        own, served = (a.shape[0], b.shape[1]), linear.get(name)
+        if served is None:
+            problems.append(f"{name}: the served model has no such linear layer")
+        elif own != served:
+            problems.append(f"{name}: made for {own[0]} -> {own[1]}, the served model has {served[0]} -> {served[1]}")
+    if problems:
+        raise LoraError(f"{adapter.path} does not fit the served model: {_first_of(problems)}")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The served model as its files describe it, before it is loaded."""
+
+    fingerprint: dict
+    linear: dict  # module name -> (inputs, outputs)
+
+
+def read_base(name: str) -> Base | None:
+    """Describe a model folder or a hub model in the local cache; None when it is not here."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         try:
@@ -659,9 +686,31 @@ def served_fingerprint(name: str) -> dict | None:
         except Exception:  # no cache, no such id, no client: all mean that the files are not here
             return None
     try:
-        return base_fingerprint(folder, name)
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        return Base(base_fingerprint(folder, name), _linear_layers(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise LoraError(f"{name}: {_one_line(error)}") from error
+
+
+def _linear_layers(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return (inputs, outputs) of every matrix in a model's files; a quantized one has a column of scales a group."""
+    config = _config(folder / "config.json")
+    quantization = config.get("quantization") or config.get("quantization_config") or {}
+    shapes = {}
+    for path in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            for name, tensor in safetensors_header(file, path)[0].items():
+                if len(tensor["shape"]) == 2:
+                    shapes[name] = tensor["shape"]
+    found = {}
+    for name, (outputs, inputs) in shapes.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and f"{module}.scales" in shapes:
+            own = quantization.get(module)
+            group = (own if isinstance(own, dict) else quantization).get("group_size", 64)
+            inputs = shapes[f"{module}.scales"][1] * group
+        if kind == "weight":
+            found[_mlx_module(module)] = (inputs, outputs)
+    return found
 
 
 def _one_line(error: BaseException | str) -> str:
@@ -838,9 +887,8 @@ class _Use:
         self.layers, self.happened = adapter.layers, False
 
 
+_active = contextvars.ContextVar("lora_patch_active", default=None)  # a _Use, or None: the base
 _UNSET = object()
-_active = contextvars.ContextVar("lora_patch_active", default=_UNSET)  # a _Use, or None: the base
-_holder: _Use | None = None  # of the generation under way, for worker threads that the service starts within it
 
 
 @functools.cache
@@ -850,8 +898,6 @@ def _switched(kind: type) -> type:
     def forward(self, x):
         y = kind.__call__(self, x)
         use = _active.get()
-        if use is _UNSET:
-            use = _holder
         if use is None:
             return y
         update = use.layers.get(self._lora_module)
@@ -864,6 +910,12 @@ def _switched(kind: type) -> type:
     return type(f"Switched{kind.__name__}", (kind,), {"__call__": forward, "switched_from": kind})
 
 
+def _in_and_out(linear) -> tuple[int, int]:
+    outputs, inputs = linear.weight.shape
+    bits = getattr(linear, "bits", None)  # a quantized layer packs 32 / bits weights into a number
+    return (inputs * 32 // bits if bits else inputs), outputs
+
+
 def make_switchable(model, adapter: Adapter) -> None:
     """Let the adapter be switched on in ``model``; LoraError, naming all, when a matrix does not fit its layer.
 
@@ -872,22 +924,8 @@ def make_switchable(model, adapter: Adapter) -> None:
     """
     import mlx.nn as nn
 
-    modules = dict(model.named_modules())
-    problems = []
-    for name, (a, b, _) in adapter.layers.items():
-        module = modules.get(name)
-        if not isinstance(module, nn.Linear | nn.QuantizedLinear):
-            problems.append(f"{name}: the served model has no such linear layer")
-            continue
-        outputs, inputs = module.weight.shape
-        if isinstance(module, nn.QuantizedLinear):
-            inputs = inputs * 32 // module.bits
-        if (a.shape[0], b.shape[1]) != (inputs, outputs):
-            problems.append(
-                f"{name}: made for {a.shape[0]} -> {b.shape[1]}, the served model has {inputs} -> {outputs}"
-            )
-    if problems:
-        raise LoraError(f"{adapter.path} does not fit the served model: {_first_of(problems)}")
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
+    check_shapes(adapter, {name: _in_and_out(module) for name, module in modules.items()})
     for name in adapter.layers:
         module = modules[name]
         if not hasattr(type(module), "switched_from"):
@@ -1121,8 +1159,8 @@ class Service:
         """Check adapters against the served model's files and, once it is loaded, its layers."""
         if not table:
             return
-        if self.base_name and (self.base is None or self.base["name"] != str(self.base_name)):
-            self.base = served_fingerprint(str(self.base_name))
+        if self.base_name and (self.base is None or self.base.fingerprint["name"] != str(self.base_name)):
+            self.base = read_base(str(self.base_name))
         for adapter in set_of(table):
             for warning in check_base(adapter, self.base):
                 say(logging.WARNING, warning)
@@ -1173,17 +1211,17 @@ class Service:
         return job
 
     def generate(self, function, args: tuple, kwargs: dict):
-        """Run a generating function of the service in the job's arm; see `generation`."""
+        """Run mlx_vlm.generate, or a function that returns an answer, in the job's arm; see `generation`."""
         job = self.current_job()
-        bound = _Call(function, args, kwargs)
+        call = _Call(function, args, kwargs)
         with self.generating:
             use_adapter = self.settle(job)
             begun = time.perf_counter()
             try:
-                with bound.photo_prepared(job.adapter.max_image_size if use_adapter or job.in_test else None):
+                with _prepared(call, job.adapter.max_image_size if use_adapter or job.in_test else None):
                     if not use_adapter:
-                        return self.run(bound, None)[0]
-                    result, problem, error = self.attempt(bound, job.adapter)
+                        return self.run(call, None)[0]
+                    result, problem, error = self.attempt(call, job.adapter)
                     self.judge(job, problem, time.perf_counter() - begun)
                     if problem is None or not flags["fallback_on_invalid"]:
                         if error is not None:
@@ -1191,40 +1229,44 @@ class Service:
                         return result
                     say(logging.WARNING, f"job {job.id}: {job.version} gave {problem}; the base answers instead")
                     job.fallback = True
-                    if job.in_test:
-                        return self.run(bound, None)[0]
-                return self.run(bound, None)[0]
+                    if job.in_test:  # the arms of a test see the same photograph
+                        return self.run(call, None)[0]
+                return self.run(call, None)[0]
             finally:
                 job.seconds += time.perf_counter() - begun
-                self.finish(job, bound.prompt)
+                self.finish(job, call.prompt)
 
     def stream(self, function, args: tuple, kwargs: dict):
-        """The same for a function that yields its answer; what has been sent cannot be taken back: no retry."""
+        """The same for one that yields its answer. With a retry on the base in prospect, nothing is passed on before
+        the answer has been found good: what has been sent cannot be taken back."""
+        if flags["fallback_on_invalid"]:
+            yield from self.generate(functools.wraps(function)(lambda *a, **k: list(function(*a, **k))), args, kwargs)
+            return
         job = self.current_job()
-        bound = _Call(function, args, kwargs)
+        call = _Call(function, args, kwargs)
         with self.generating:
             use_adapter = self.settle(job)
-            begun, pieces = time.perf_counter(), []
+            begun, pieces, error = time.perf_counter(), [], None
             use = _Use(job.adapter) if use_adapter else None
             try:
-                with bound.photo_prepared(job.adapter.max_image_size if use_adapter or job.in_test else None):
-                    steps = function(*bound.args, **bound.kwargs)
+                with _prepared(call, job.adapter.max_image_size if use_adapter or job.in_test else None):
+                    steps = function(*call.args, **call.kwargs)
                     while True:
                         with _switched_on(use):  # set anew for each piece: between them this is the caller's context
                             try:
                                 piece = next(steps)
                             except StopIteration:
                                 break
-                        pieces.append(_text(piece) or "")
+                        pieces.append(piece)
                         yield piece
+            except Exception as problem:
+                error = _one_line(problem)
+                raise
             finally:
                 if use_adapter:
-                    problem = (
-                        analysis_problem("".join(pieces), bound.prompt) if use.happened else "no use of the adapter"
-                    )
-                    self.judge(job, problem, time.perf_counter() - begun)
+                    self.judge(job, error or self.problem_of(pieces, use.happened, call), time.perf_counter() - begun)
                 job.seconds += time.perf_counter() - begun
-                self.finish(job, bound.prompt)
+                self.finish(job, call.prompt)
 
     def settle(self, job: Job) -> bool:
         """Decide, with the model in hand, whether the adapter is used: its breaker may have gone off in the queue."""
@@ -1236,23 +1278,26 @@ class Service:
         job.version = job.adapter.version
         return True
 
-    def attempt(self, bound: _Call, adapter: Adapter):
+    def attempt(self, call: _Call, adapter: Adapter):
         """Return (result, problem, exception) of an answer with the adapter."""
         try:
-            result, happened = self.run(bound, adapter)
-        except Exception as error:  # whatever the adapter's answer led to, the base may do better
+            result, happened = self.run(call, adapter)
+        except Exception as error:  # whatever the adapter led to, the base may do better
             return None, _one_line(error), error
+        return result, self.problem_of(result, happened, call), None
+
+    def problem_of(self, result, happened: bool, call: _Call) -> str | None:
         if not happened:
-            return result, "no use of the adapter (is the model loaded through lora_patch.attach?)", None
+            return "no use of the adapter (is the model loaded through lora_patch.attach?)"
         text = _text(result)
         unknown = text is None and result is not None  # a result of a kind that we cannot look into
-        return result, None if unknown else analysis_problem(text, bound.prompt), None
+        return None if unknown else analysis_problem(text, call.prompt)
 
-    def run(self, bound: _Call, adapter: Adapter | None):
+    def run(self, call: _Call, adapter: Adapter | None):
         use = _Use(adapter) if adapter else None
-        bound.rewind()
+        call.rewind()
         with _switched_on(use):
-            result = bound.function(*bound.args, **bound.kwargs)
+            result = call.function(*call.args, **call.kwargs)
         return result, bool(use and use.happened)
 
     def judge(self, job: Job, problem: str | None, seconds: float) -> None:
@@ -1360,7 +1405,7 @@ class Service:
             "adapter_path": first.get("path") if len(adapters) == 1 else flags["lora_path"] or flags["model_config"],
             "version": first.get("version") if len(adapters) == 1 else None,
             "rank": first.get("rank") if len(adapters) == 1 else None,
-            "base_fingerprint": self.base,
+            "base_fingerprint": self.base and self.base.fingerprint,
             "adapters": adapters,
             "breaker": "open" if any(a["breaker"]["state"] == "open" for a in adapters.values()) else "closed",
             "arms": arms,
@@ -1384,13 +1429,9 @@ class _switched_on:
         self.use = use
 
     def __enter__(self):
-        global _holder
         self.tokens = _active.set(self.use), _within.set(True)
-        _holder = self.use
 
     def __exit__(self, *exception):
-        global _holder
-        _holder = None
         _active.reset(self.tokens[0])
         _within.reset(self.tokens[1])
 
@@ -1424,12 +1465,10 @@ class _Call:
             if isinstance(value, io.BytesIO):
                 value.seek(0)
 
-    def photo_prepared(self, max_image_size: int | None):
-        """Within it, the photograph among the arguments is the one that training would see."""
-        return _prepared(self, max_image_size)
-
 
 class _prepared:
+    """Within it, the photograph among a call's arguments is the one that training would see (None: as it came)."""
+
     def __init__(self, call: _Call, max_image_size: int | None):
         self.call, self.size, self.files = call, max_image_size, []
 
@@ -1481,7 +1520,10 @@ def _text(result) -> str | None:
         return result
     if isinstance(getattr(result, "text", None), str):
         return result.text
-    if isinstance(result, tuple | list) and result:
+    if isinstance(result, list):  # the pieces of a stream
+        pieces = [_text(piece) for piece in result]
+        return None if None in pieces else "".join(pieces)
+    if isinstance(result, tuple) and result:
         return _text(result[0])
     if isinstance(result, dict):
         keys = ("response", "text", "output", "analysis", "content", "result")
@@ -1533,13 +1575,17 @@ def attach(loaded, name: str | os.PathLike | None = None):
 
 
 def generation(function):
-    """Decorate the function that asks the model: it then answers in the arm of the request that it works for."""
+    """Return mlx_vlm.generate or stream_generate such that it answers in the arm of the request that it works for.
+
+    To be put around the function where it is called, so that it is our lock that is taken last and released first,
+    whatever locks the service has. It also decorates a function of the service's own that returns an answer.
+    """
 
     @functools.wraps(function)
     def answer(*args, **kwargs):
         if not _service.is_on or _within.get():
             return function(*args, **kwargs)
-        if inspect.isgeneratorfunction(function):
+        if inspect.isgeneratorfunction(inspect.unwrap(function)):
             return _service.stream(function, args, kwargs)
         return _service.generate(function, args, kwargs)
 
@@ -1766,12 +1812,12 @@ def read_jobs(path: Path, days: float) -> list[dict]:
 
 def _when(raw: dict) -> float | None:
     """Return a row's time as seconds since 1970 (UTC where the text names no zone)."""
-    from datetime import UTC, datetime
+    from datetime import datetime, timedelta, timezone
 
     for name in ("completed_at", "last_activity", "created_at"):
         try:
             at = datetime.fromisoformat((raw[name] or "").replace("Z", "+00:00"))
-            return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+            return (at if at.tzinfo else at.replace(tzinfo=timezone(timedelta(0)))).timestamp()
         except ValueError:
             continue
     return None
@@ -2002,7 +2048,7 @@ BY_HAND = {
     "import": "with the other imports:                import lora_patch",
     "add_arguments": "before parser.parse_args():            lora_patch.add_arguments(parser)",
     "attach": "after model, processor = load(NAME):   lora_patch.attach((model, processor), NAME)",
-    "generation": "above def run_model_mlx(...):          @lora_patch.generation",
+    "generation": "where mlx_vlm.generate(...) is called: lora_patch.generation(mlx_vlm.generate)(...)",
     "choose": "in /analyze, before run_model_mlx():   lora_patch.choose(job_id=job_id, advisor=advisor)",
     "start": "before app.run(...):                   lora_patch.start(app, get_mlx_model)",
 }
@@ -2174,8 +2220,8 @@ class Installer:
         if self.problems:
             raise Refusal(self.problems, self.missing)
         text = self.file.text
-        for start, end, new in sorted(self.edits, key=lambda edit: edit[0], reverse=True):
-            text = text[:start] + new + text[end:]
+        for start, end, new in reversed(sorted(self.edits, key=lambda edit: edit[0])):
+            text = text[:start] + new + text[end:]  # at one place: the last first, so that they end up in order
         new = self.file.encode(text)
         try:
             compile(new, str(self.path), "exec")
@@ -2238,7 +2284,7 @@ class Installer:
     def place_attach(self) -> None:
         import ast
 
-        self.loaders = []
+        self.loaders, simple_target = [], (ast.Name, ast.Attribute, ast.Subscript)
         loads = self.calls_of({"load"})
         if not loads:
             self.problem(None, "no call of mlx_vlm.load found", "attach")
@@ -2252,7 +2298,7 @@ class Installer:
             name = f", {ast.unparse(model)}" if simple else ""
             statement = self.file.statement(call)
             target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
-            names = isinstance(target, ast.Tuple) and all(isinstance(e, ast.Name | ast.Attribute) for e in target.elts)
+            names = isinstance(target, ast.Tuple) and all(isinstance(e, simple_target) for e in target.elts)
             if names and statement.value is call:
                 loaded = ", ".join(self.file.source(element) for element in target.elts)
                 if self.line_after("attach", statement, f"lora_patch.attach(({loaded}){name})"):
@@ -2262,34 +2308,24 @@ class Installer:
     def place_generation(self) -> None:
         import ast
 
-        self.generating, self.inline = [], []
-        calls = self.calls_of({"generate", "stream_generate"})
-        for call in calls:
-            chain, node = [], self.file.function(call)
-            while node is not None:
-                chain.append(node)
-                node = self.file.function(node)
-            chain = [f for f in chain if not self.is_factory(f)]
-            if not chain or self.routes(chain[-1]):
-                self.inline.append(call)
-                self.wrap("generation", call.func, "generation")
-            elif chain[-1] not in self.generating:
-                self.generating.append(chain[-1])
-        if not calls:
-            self.generating = [f for f in self.functions() if f.name == "run_model_mlx"]
-        if not self.generating and not self.inline:
+        names = self.mlx_names({"generate", "stream_generate"})
+        self.asking = [  # calls, and mentions such as executor.submit(generate, ...)
+            node
+            for node in self.walk(ast.Name | ast.Attribute)
+            if self.file.source(node).replace(" ", "") in names and not isinstance(node.ctx, ast.Store)
+            if isinstance(self.file.parents[node], ast.Call | ast.keyword)
+        ]
+        functions = [f for f in self.functions() if f.name == "run_model_mlx"] if not self.asking else []
+        if not self.asking and not functions:
             self.problem(None, "no call of mlx_vlm.generate and no run_model_mlx found", "generation")
-        for function in self.generating:
+        for function in [*functions, *filter(None, map(self.file.function, self.asking))]:
             if isinstance(function, ast.AsyncFunctionDef):
-                self.problem(function, f"{function.name} is async; generation must be a plain function", "generation")
-                continue
-            kinds = {self.file.source(d).split("(")[0] for d in function.decorator_list}
-            inner = kinds & {"staticmethod", "classmethod"}
-            first = function if inner or not function.decorator_list else function.decorator_list[0]
-            line = function.lineno if first is function else first.lineno
-            indent = re.match(rb"[ \t]*", self.file.lines[line - 1])[0]
-            text = indent + b"@lora_patch.generation" + self.file.end_of_line(line)
-            self.insert("generation", self.file.at(line, 0), text, line)
+                self.problem(
+                    function, f"{function.name} is async; the model must be asked in a plain function", "generation"
+                )
+        self.generating = {f.name for f in functions} | {f.name for n in self.asking if (f := self.file.function(n))}
+        for function in functions:
+            self.line_before("generation", function, "@lora_patch.generation")
 
     def is_factory(self, function) -> bool:
         """Tell whether a function makes the app: its inner functions are the service's, not steps of its own."""
@@ -2329,8 +2365,7 @@ class Installer:
 
     def reaching(self) -> set[str]:
         """Return the names of all functions from which the model is asked in the end."""
-        names = {function.name for function in self.generating}
-        names |= {f.name for call in self.inline if (f := self.file.function(call)) is not None}
+        names = set(self.generating)
         while True:
             more = {f.name for f in self.functions() if f.name not in names and self.mentions(f) & names}
             more -= {f.name for f in self.functions() if self.is_factory(f)}
@@ -2350,11 +2385,10 @@ class Installer:
             if isinstance(view, ast.AsyncFunctionDef):
                 self.problem(view, f"{view.name} is async; the request's arm cannot be kept", "choose")
                 continue
-            steps = names - {view.name} | {
-                self.file.source(c.func) for c in self.inline if self.file.function(c) is view
-            }
-            self.choose_in(view, steps)
+            self.choose_in(view, names - {view.name})
         self.carry_threads(names)
+        for node in self.asking:
+            self.wrap("generation", node, "generation")
 
     def choose_in(self, view, names: set[str]) -> None:
         """Insert the line before the first statement of the view that leads to the model, with the view's own names."""
@@ -2362,7 +2396,7 @@ class Installer:
 
         block = view.body
         while True:
-            index = next((i for i, s in enumerate(block) if self.mentions(s) & names or self.has_inline(s)), None)
+            index = next((i for i, s in enumerate(block) if self.leads(s, names)), None)
             if index is None:
                 self.problem(view, f"{view.name} does not say how it asks the model", "choose")
                 return
@@ -2370,9 +2404,7 @@ class Installer:
             advisor = self.variable(view, statement.lineno, "advisor")
             if advisor is not None or isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 break
-            inner = [
-                b for b in self.blocks(statement) if any(self.mentions(s) & names or self.has_inline(s) for s in b)
-            ]
+            inner = [b for b in self.blocks(statement) if any(self.leads(s, names) for s in b)]
             if not inner:
                 break
             block = inner[0]
@@ -2386,10 +2418,11 @@ class Installer:
         if not self.line_before("choose", statement, f"lora_patch.choose({', '.join(values)})"):
             self.problem(statement, "shares its line with other code", "choose")
 
-    def has_inline(self, statement) -> bool:
+    def leads(self, node, names: set[str]) -> bool:
+        """Tell whether a piece of code asks the model, itself or through one of the functions of these names."""
         import ast
 
-        return any(node in self.inline for node in ast.walk(statement))
+        return bool(self.mentions(node) & names) or any(inner in self.asking for inner in ast.walk(node))
 
     @staticmethod
     def blocks(statement) -> list[list]:
@@ -2414,7 +2447,7 @@ class Installer:
                 named = name
         for node in ast.walk(view):
             if isinstance(node, ast.Assign) and node.end_lineno < before:
-                pairs = [(target, node.value) for target in node.targets]
+                pairs = [pair for target in node.targets for pair in self.pairs(target, node.value)]
             elif (
                 isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None and node.end_lineno < before
             ):
@@ -2439,10 +2472,17 @@ class Installer:
                         named = element.id
         return named or read
 
-    def carry_threads(self, names: set[str]) -> None:
-        """Wrap what is handed to another thread and leads to the model: the thread must know its request."""
+    @staticmethod
+    def pairs(target, value) -> list[tuple]:
+        """Take ``a, b = x, y`` apart."""
         import ast
 
+        both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+        alike = both and len(target.elts) == len(value.elts)
+        return list(zip(target.elts, value.elts, strict=True)) if alike else [(target, value)]
+
+    def carry_threads(self, names: set[str]) -> None:
+        """Wrap what is handed to another thread and leads to the model: the thread must know its request."""
         for call in self.calls():
             kind = self.file.source(call.func).rsplit(".", 1)[-1]
             if kind in ("Thread", "Timer"):
@@ -2454,15 +2494,7 @@ class Installer:
             else:
                 continue
             for node in handed:
-                within = self.file.function(call)
-                mlx = {self.file.source(c.func) for c in self.calls_of({"generate", "stream_generate"})}
-                leads = self.mentions(node) & names or self.file.source(node) in mlx
-                if not leads and isinstance(node, ast.Name):  # a local function with the call of mlx_vlm in it
-                    local = [f for f in self.functions() if f.name == node.id and self.file.function(f) is within]
-                    leads = any(
-                        self.file.source(c.func) in mlx for f in local for c in ast.walk(f) if isinstance(c, ast.Call)
-                    )
-                if leads:
+                if self.leads(node, names):
                     self.wrap("carry", node, "carry")
 
     def place_start(self) -> None:
@@ -2523,7 +2555,7 @@ class Installer:
         }
         connects = [c for c in self.calls() if self.file.source(c.func) in ("sqlite3.connect", "connect") and c.args]
         names = [c.args[0].id for c in connects if isinstance(c.args[0], ast.Name) and c.args[0].id in level]
-        return next((name for name in names if "DB" in name.upper()), None)
+        return min(names, key=lambda name: not re.search("DB|DATABASE", name.upper()), default=None)
 
     def place_import(self) -> None:
         import ast
@@ -2727,7 +2759,7 @@ def _uninstall(service: Path, path: Path, raw: bytes, backup: Path, module: Path
 def check_adapters(lora_path: str | None, model_config: str | None, base_model: str | None) -> None:
     """Print what the service would serve; LoraError for what it would refuse."""
     sources, _ = find_sources(lora_path, model_config)
-    base = served_fingerprint(base_model) if base_model else None
+    base = read_base(base_model) if base_model else None
     if base_model and base is None:
         raise LoraError(f"{base_model}: neither a model folder nor a model in the hub's cache")
     for advisor, source in sources.items():
