@@ -1,4 +1,4 @@
-"""The patched stand-in service as a real process: arms, parity with mlx-vlm, load, reload, rollback, refusal, fallback."""
+"""The patched service as a real process: arms, load, reload, rollback, refusal, fallback, other services."""
 
 import concurrent.futures
 import json
