@@ -43,6 +43,7 @@ _SPELLINGS = {
     "recommendation": ("recommendation", "recommendations"),
 }
 _NUMBER = re.compile(r"\s*\(?\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*(?:/\s*10(?:\.0)?)?\s*\)?\s*")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _MAX_SCANNED = 2_000_000  # characters read in search of closing braces in one text; more only in hostile ones
 
 
@@ -50,8 +51,11 @@ class AnalysisError(ValueError):
     """A text that holds no usable analysis. ``reason`` is one of the names in `common.sources.REASONS`."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
+        super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 # ------------------------------------------------------------------------------------------------ names and numbers
@@ -112,7 +116,21 @@ def canonical(value: dict) -> tuple[dict, list[str]]:
                 mends.append("list_from_text")
     if text := _text(value.get("technical_notes")):
         analysis["technical_notes"] = text
+    written = json.dumps(analysis, ensure_ascii=False)
+    if "\\u00" in written or "\x7f" in written:  # how JSON writes control characters; lines and tabs are \n and \t
+        analysis = _without_control_characters(analysis)
+        mends.append("control_characters")
     return analysis, list(dict.fromkeys(mends))
+
+
+def _without_control_characters(value: Any) -> Any:
+    if isinstance(value, str):
+        return _CONTROL.sub("", value)
+    if isinstance(value, list):
+        return [_without_control_characters(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_control_characters(item) for key, item in value.items()}
+    return value
 
 
 def looks_like_analysis(value: Any) -> bool:
