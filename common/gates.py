@@ -131,8 +131,10 @@ def _verdict(gate: Gate, summary: dict) -> dict:
     if not gate.enabled:
         return found | {"verdict": "off", "reason": "switched off in the gates file"}
     absent = [arm for arm in (gate.arm, gate.versus) if arm and arm not in arms]
+    if absent == ["deployed"]:
+        return found | {"verdict": "not applicable", "reason": "no other version is in use"}
     if absent:
-        return found | {"verdict": "not applicable", "reason": f"there is no {absent[0]} adapter to compare"}
+        return found | {"verdict": "not measured", "reason": f"{absent[0]} was not run"}
     table = summary["differences"].get(f"{gate.arm}-{gate.versus}", {}) if gate.versus else arms[gate.arm]
     found |= table.get(gate.figure, {})
     name, limit = gate.bound
@@ -183,6 +185,10 @@ def _changed(default: Gate | None, name: str, changes: object) -> Gate:
     if default is None and "figure" not in changes:
         raise ValueError("a new gate needs a figure")
     gate = replace(default, **changes) if default else Gate(**({"name": name, "title": name} | changes))
+    known_arms = ("base", "candidate", "deployed", "base+grammar", "candidate+grammar")
+    for arm in (gate.arm, gate.versus):
+        if arm is not None and arm not in known_arms:
+            raise ValueError(f"unknown arm {arm}; known: {', '.join(known_arms)}")
     try:
         metrics.kind(gate.figure)
     except KeyError as error:

@@ -1,0 +1,86 @@
+"""What the evaluation's tests share: held-out data of drawn photographs, adapters made without training."""
+
+import json
+import random
+from pathlib import Path
+
+import mlx.core as mx
+from click.testing import CliRunner, Result
+
+from common.adapter import adapter_config, write_adapter
+from common.analysis import compact_json
+from common.dataset import triplet_row
+from common.files import read_json, sha256_file, write_json, write_jsonl
+from common.fingerprint import base_fingerprint
+from evaluate_lora import main
+from tests.sample import scenes
+from tests.sample.make_tree import sample_prompt
+
+
+def make_data(folder: Path, photos: int = 10, trained: int = 3) -> tuple[Path, Path]:
+    """Draw photographs and write train and validation rows; returns (train, val)."""
+    rng = random.Random(11)
+    rows = []
+    for number in range(trained + photos):
+        scene = scenes.random_scene(rng)
+        path = folder / "source" / f"photo-{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scenes.draw(scene, 96).save(path)
+        response = compact_json(scenes.critique(scene))
+        rows.append(triplet_row(str(path), sample_prompt("ansel"), response, f"job-{number}", sha256_file(path)))
+    paths = folder / "training_data" / "train.jsonl", folder / "training_data" / "val.jsonl"
+    write_jsonl(paths[0], rows[:trained])
+    write_jsonl(paths[1], rows[trained:])
+    return paths
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make_adapter(
+    folder: Path, base: Path, data: tuple[Path, Path], b_scale: float = 0.0, seed: int = 0, rank: int = 2
+) -> Path:
+    """Write an adapter folder as training leaves it: A random, B normal of ``b_scale`` (0: an adapter of zeros)."""
+    text = read_json(base / "config.json")["text_config"]
+    hidden, kv = text["hidden_size"], text["num_key_value_heads"] * text["head_dim"]
+    widths = {
+        "self_attn.q_proj": (hidden, text["num_attention_heads"] * text["head_dim"]),
+        "self_attn.v_proj": (hidden, kv),
+        "mlp.down_proj": (text["intermediate_size"], hidden),
+    }
+    key, tensors = mx.random.key(seed), {}
+    for layer in range(text["num_hidden_layers"]):
+        for module, (inputs, outputs) in widths.items():
+            name = f"language_model.model.layers.{layer}.{module}"
+            key, one, two = mx.random.split(key, 3)
+            tensors[f"{name}.lora_a"] = mx.random.normal((inputs, rank), key=one) * inputs**-0.5
+            tensors[f"{name}.lora_b"] = mx.random.normal((rank, outputs), key=two) * b_scale
+    modules = sorted({name.rpartition(".")[0] for name in tensors})
+    write_adapter(folder, tensors, adapter_config(str(base), modules, rank, 2 * rank, 0.0))
+    (folder / "README.md").write_text("# card\n<!-- evaluation:start -->\nno\n<!-- evaluation:end -->\nend\n")
+    record = {
+        "schema_version": 1,
+        "advisor": "ansel",
+        "base_model": str(base),
+        "base_fingerprint": base_fingerprint(base, str(base)),
+        "settings": {"max_image_size": 128},
+        "train_data": data_record(data[0]),
+        "val_data": data_record(data[1]),
+    }
+    write_json(folder / "training_args.json", record)
+    return folder
+
+
+def data_record(path: Path) -> dict:
+    rows = read_jsonl(path)
+    photos = [row["image_sha256"] for row in rows]
+    return {"path": str(path), "sha256": sha256_file(path), "examples": len(rows), "photos": photos}
+
+
+def evaluate(*arguments: object) -> Result:
+    """Run evaluate_lora.py in this process; a bug keeps its traceback."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
