@@ -227,7 +227,7 @@ def lay_out(
     if not train.examples:
         report_overlong(train, settings.on_overlong, asked)
     device = find_device()
-    shape = shape_of(base.model, settings.lora_r, settings.lora_dropout, device.backend)
+    shape = shape_of(base.model, settings.lora_r, device.backend)
     if found:
         layout = Layout(**found[1]["layout"])
     else:

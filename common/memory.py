@@ -1,7 +1,7 @@
 """What a training run needs in memory and what the device has: estimated from shapes before the first step.
 
 Sizes are bytes. The estimate counts what lives at the peak of a step: the base, the adapter with its gradients and
-moments, the activations that the backward pass needs, and the output head at the supervised positions.
+moments, the activations that the backward pass needs, and the layer or output head that is being computed.
 """
 
 import os
@@ -15,10 +15,14 @@ from mlx.utils import tree_flatten
 
 from common.errors import UserError
 from common.feed import padded
+from common.layer import CHUNK
+from common.step import IN_FLIGHT as QUEUED
+from common.step import ROW_CHUNK, VOCAB_CHUNK
 
 GB = 1e9
 SHARE = {"metal": 0.95, "cuda": 0.92, "cpu": 0.8}  # of what the device offers; the rest is for what is not counted
 PAD_MULTIPLE = {"metal": 32, "cuda": 128, "cpu": 16}  # CUDA's fused attention backward wants 128; else padding is waste
+IN_FLIGHT = QUEUED + 1  # layers whose temporaries exist at once
 OUT_OF_MEMORY = re.compile(r"out of memory|malloc|unable to allocate|insufficient memory|bad_alloc", re.I)
 
 
@@ -83,11 +87,12 @@ class Shape:
     quantized: bool
     weights: int  # bytes of the base, vision tower included
     trainable: int  # LoRA parameters
-    dropout: bool
+    rank: int
+    deepstack: int  # levels of the vision tower that are added to the first layers
     fused_attention: bool
 
 
-def shape_of(model: nn.Module, rank: int, dropout: float, backend: str) -> Shape:
+def shape_of(model: nn.Module, rank: int, backend: str) -> Shape:
     """Read the shape from a loaded model; the adapter need not be attached yet."""
     text = model.language_model.args
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -105,7 +110,8 @@ def shape_of(model: nn.Module, rank: int, dropout: float, backend: str) -> Shape
         quantized=any(array.dtype == mx.uint32 for array in arrays),
         weights=sum(array.nbytes for array in arrays),
         trainable=text.num_hidden_layers * rank * adapter_width(text, head_dim),
-        dropout=dropout > 0,
+        rank=rank,
+        deepstack=len(model.config.vision_config.deepstack_visual_indexes),
         # Metal and the CPU have no fused backward; CUDA's takes 16-bit values and heads of at most 128
         fused_attention=backend == "cuda" and dtype.size == 2 and head_dim <= 128,
     )
@@ -145,30 +151,32 @@ def estimate(shape: Shape, micro: int, length: int, targets: int, checkpointing:
     """Estimate the peak of a step with ``micro`` rows of ``length`` tokens, ``targets`` of them supervised in each."""
     rows = padded(length, multiple)
     tokens, supervised = micro * rows, padded(micro * targets, multiple)
-    d, item = shape.hidden, shape.itemsize
-    q, kv, inner = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate
-    # what one layer's backward pass needs of its forward pass, in values a token
-    kept = 4 * d + 4 * q + 6 * kv + 4 * inner
-    if shape.dropout:  # each projection's own thinned input
-        kept += 5 * d + q + inner
-    layer = tokens * kept * item
+    d, q, kv, inner = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate
+    item, adapter = shape.itemsize, shape.trainable
+    # kept for the backward pass, in values a token and layer: see "keep" in common/layer.py
+    kept = 2 * d + 7 * shape.rank + (0 if checkpointing else q + 2 * kv + 2 * inner)
+    # in hand: a layer's temporaries, for the layers that are under way at once
+    layer = IN_FLIGHT * tokens * item * (3 * d + 3 * q + 4 * inner)
     if not shape.fused_attention:
-        layer += 2 * micro * shape.heads * rows * rows * item  # scores and their softmax
-    working = 2 * layer  # the layer in hand: its activations and their gradients
-    if shape.quantized:
-        working += item * (2 * d * q + 2 * d * kv + 3 * d * inner) // 2  # matrices dequantized for its products
-    saved = shape.layers * (tokens * d * item if checkpointing else layer)
-    head = supervised * shape.vocabulary * (4 + 2 * item)
-    moments = 4 * shape.trainable
+        layer += 8 * micro * shape.heads * min(CHUNK, rows) * rows * 4  # a block of scores and what becomes of it
+    # the output head: logits of a block of rows, and float32 passes over a block of the vocabulary
+    block = min(supervised, ROW_CHUNK)
+    head = block * (shape.vocabulary * item + 3 * min(VOCAB_CHUNK, shape.vocabulary) * 4)
+    if shape.quantized:  # matrices unpacked for their products
+        layer += IN_FLIGHT * item * (2 * d * q + 2 * d * kv + 3 * d * inner)
+        head += item * shape.vocabulary * d
     return Plan(
-        micro, checkpointing, multiple, length,
+        micro,
+        checkpointing,
+        multiple,
+        length,
         {
             "base": shape.weights,
-            "adapter and optimizer": 6 * moments,
-            "activations": saved,
-            "layer or head in hand": max(working, head) + 4 * tokens * d * item,
+            "adapter and AdamW": adapter * (4 + 8 + item),
+            "activations": shape.layers * tokens * kept * item + 2 * tokens * d * item * (1 + shape.deepstack),
+            "work in hand": max(head, layer + 8 * adapter, 20 * adapter),
         },
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -229,7 +237,7 @@ def too_large(
         kept = sum(other <= length for other in lengths)
         advice.append(f"--max_seq_length {length} (keeps {kept} of {len(lengths)} examples)")
     advice.append("--max_image_size 768 (44% fewer image tokens than 1024)")
-    halved = 6 * 4 * shape.trainable / 2
+    halved = 22 * shape.trainable / 2  # values, gradients, moments
     if halved > 0.02 * device.budget:
         advice.append(f"half the --lora_r (saves {halved / GB:.1f} GB)")
     if not shape.quantized:
