@@ -2,7 +2,7 @@
 
 ADVISOR      ?= ansel#                        the advisor whose voice is learnt
 MONDRIAN     ?= .#                            folder that holds mondrian.db, source/ and analysis_md/
-DB           ?= $(MONDRIAN)/mondrian.db#      the database, when it has another name
+DB           ?= $(MONDRIAN)#                  the database, or a folder with the databases of one installation
 BASE_MODEL   ?= Qwen/Qwen3-VL-4B-Instruct#    hub id or folder of the base model
 WORK         ?= .#                            folder that receives training_data/, models/ and evaluation/
 LINK_ARGS    ?=#                              more options for link_training_data.py
@@ -106,7 +106,7 @@ $(call escape,$(DATA))/.%-settings: FORCE
 	@printf '%s\n' '$(SETTINGS)' | cmp -s - "$@" || printf '%s\n' '$(SETTINGS)' > "$@"
 
 # the -wal file is where a running service puts its newest jobs
-$(call escape,$(MANIFEST)): $(call escape,$(DATA))/.link-settings $(wildcard $(call escape,$(DB)) $(call escape,$(DB))-wal) | $(READY)
+$(call escape,$(MANIFEST)): $(call escape,$(DATA))/.link-settings $(wildcard $(call escape,$(DB))/*.db $(call escape,$(DB))/*.db-wal $(filter %.db,$(call escape,$(DB)))) | $(READY)
 	$(RUN) link_training_data.py --advisor "$(ADVISOR)" --db_path "$(DB)" --source_dir "$(MONDRIAN)/source" \
 	  --analysis_dir "$(MONDRIAN)/analysis_md" --output_dir "$(DATA)" $(LINK_ARGS)
 
