@@ -2084,7 +2084,8 @@ class _File:
         self.starts = [0]
         for line in self.lines:
             self.starts.append(self.starts[-1] + len(line))
-        self.parents = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+        self.nodes = list(ast.walk(self.tree))
+        self.parents = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
 
     def at(self, line: int, column: int) -> int:
         return self.starts[line - 1] + column
@@ -2134,10 +2135,9 @@ class Installer:
 
     # looking around
 
+    @functools.cache  # noqa: B019 - an installer lives as long as one command
     def walk(self, kind):
-        import ast
-
-        return [node for node in ast.walk(self.file.tree) if isinstance(node, kind)]
+        return [node for node in self.file.nodes if isinstance(node, kind)]
 
     def calls(self):
         import ast
