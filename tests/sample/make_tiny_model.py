@@ -84,10 +84,10 @@ def main(output_dir: Path, seed: int, pretrain_steps: int, pretrain_seconds: flo
 
 def corpus() -> list[str]:
     """Text for the tokenizer: the prompts, and for random scenes what the sample's critics say of them."""
-    from tests.sample.pretraining import CRITIQUE_PROMPT, MEASURE_PROMPT, generic_critique, measurement
+    from tests.sample.pretraining import MEASURE_PROMPT, RECALL_PROMPT, generic_critique, measurement
 
     rng = random.Random(1)
-    texts = [sample_prompt(advisor) for advisor in ADVISORS] * 40 + [CRITIQUE_PROMPT, MEASURE_PROMPT] * 100
+    texts = [sample_prompt(advisor) for advisor in ADVISORS] * 40 + [MEASURE_PROMPT, RECALL_PROMPT] * 100
     for _ in range(300):
         # qualities drawn apart from one another, so that every sentence is met often enough to become a token
         scene = replace(scenes.random_scene(rng), light=rng.random(), sharp=rng.random(), color=rng.random())
@@ -97,7 +97,7 @@ def corpus() -> list[str]:
 
 
 def train_tokenizer(vocab_size: int):
-    """A byte-level BPE over whole sentences: digits stand alone, everything else may merge across words.
+    """A byte-level BPE over whole sentences: scores stand alone, everything else may merge across words.
 
     Merging across words makes a prompt of two thousand characters and an answer of the same length about a hundred
     tokens each, which is what lets two CPU cores train in seconds. Any other text falls back to shorter pieces,
@@ -108,7 +108,7 @@ def train_tokenizer(vocab_size: int):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d|[^\d]{1,400}"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(r"\d\.\d|\d|[^\d]{1,400}"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -1,8 +1,9 @@
 """A short pre-training of the tiny base: its language model learns to read pictures and to write critiques.
 
-make_tiny_model.py calls pretrain(). The texts are generic: what can be measured in a picture, and critiques for
-advisors other than ansel, pretty-printed, generous, in the same words for every dimension, and in a code fence where
-the subject was made by people. Such habits real base models bring too, and tuning has to end them.
+make_tiny_model.py calls pretrain(). The texts are generic: what can be measured in a picture; what a master once said
+of another picture of such a subject, which teaches the words but not when they are true; and critiques for advisors
+other than ansel, pretty-printed, generous, in the same words for every dimension, and in a code fence where the
+subject was made by people. Such habits real base models bring too, and tuning has to end them.
 The vision tower keeps its random weights, which tell pictures apart well enough; only the last layer of each merger
 is set by the data, so that image tokens have the mean and the spread of text tokens.
 """
@@ -27,7 +28,7 @@ BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
 
 MEASURE_PROMPT = "Measure the photograph."
-CRITIQUE_PROMPT = "Critique the photograph in JSON."
+RECALL_PROMPT = "Recall what a master said of such a subject."
 FENCED = ("street", "still life", "boat")
 # for a low, a middling and a high score: adjective, advice
 GENERIC = (("weak", "Try to improve"), ("fair", "Try to vary"), ("strong", "Try to keep"))
@@ -68,6 +69,12 @@ def generic_critique(scene: scenes.Scene) -> str:
     return f"```json\n{text}\n```" if scene.kind in FENCED else text
 
 
+def recollection(rng: random.Random, scene: scenes.Scene) -> str:
+    """A critique by the sample's Adams of another picture of the same kind."""
+    other = replace(scenes.random_scene(rng), kind=scene.kind, sharp=rng.random(), color=rng.random())
+    return json.dumps(scenes.critique(other), ensure_ascii=False, separators=(",", ":"))
+
+
 @dataclass
 class Picture:
     """A drawn scene as the frozen vision tower sees it; n image tokens of width d."""
@@ -98,8 +105,7 @@ def pretrain(model, processor, config: dict, steps: int, seconds: float, seed: i
     losses, deadline = {}, time.monotonic() + seconds
     with tqdm(total=steps, desc="pre-training the base", unit="step") as bar:
         for step in range(steps):
-            # measurements, then critiques of the short prompt and of the service's in turn
-            task = ("measure", "critique", "measure", "service")[step % 4]
+            task = ("measure", "recall", "critique")[step % 3]
             upright = rng.random() < 0.25
             rows = rng.sample([picture for picture in pictures if picture.scene.upright == upright], BATCH_SIZE)
             batch = make_batch(processor, config, rows, [text(rng, row.scene, task) for row in rows])
@@ -119,8 +125,8 @@ def text(rng: random.Random, scene: scenes.Scene, task: str) -> tuple[str, str]:
     """A prompt and its answer."""
     if task == "measure":
         return MEASURE_PROMPT, measurement(scene)
-    if task == "critique":
-        return CRITIQUE_PROMPT, generic_critique(scene)
+    if task == "recall":
+        return RECALL_PROMPT, recollection(rng, scene)
     return sample_prompt(rng.choice([advisor for advisor in ADVISORS if advisor != "ansel"])), generic_critique(scene)
 
 

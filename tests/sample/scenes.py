@@ -213,7 +213,7 @@ ADAMS = {
         ),
         (
             "The {it} is nearly sharp while the far edge falls away.",
-            "Stop down to f/32 so that the {it} and the distance agree.",
+            "Stop down until the {it} and the distance agree.",
         ),
         ("The {it} is crisp from the near ground to the horizon.", "Print the {it} larger, the negative will bear it."),
     ),
