@@ -149,11 +149,12 @@ def test_every_figure_can_be_computed_again_from_the_file(report):
 
 def test_same_text_for_every_photograph_is_visible(case):
     folder, adapter, rows = case
+    texts = {"base": [row["response"] for row in rows], "candidate": [rows[0]["response"]] * len(rows)}
     stuck = [
-        {"kind": "output", "arm": arm, "example": at, "text": rows[0]["response"] if arm == "candidate" else row["response"],
-         "finish": "stop"}
-        for arm in ("base", "candidate") for at, row in enumerate(rows)
-    ]  # fmt: skip
+        {"kind": "output", "arm": arm, "example": at, "text": text, "finish": "stop"}
+        for arm, found in texts.items()
+        for at, text in enumerate(found)
+    ]
     write_jsonl(folder / "stuck.jsonl", stuck)
     evaluate("--lora_path", adapter, "--from_outputs", folder / "stuck.jsonl", "--output_report", folder / "stuck")
     arms = read_json(folder / "stuck.json")["summary"]["arms"]
