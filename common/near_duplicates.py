@@ -175,6 +175,11 @@ def _agree(luma: np.ndarray, other: np.ndarray, chroma: np.ndarray, other_chroma
     return float(np.sqrt(((one - two) ** 2).mean())) <= MAX_CHROMA_ERROR
 
 
+def are_near(one: bytes, other: bytes, radius: int = RADIUS) -> bool:
+    """Tell whether two thumbnails are near-duplicates themselves, not through others."""
+    return bool(near_pairs([one, other], radius))
+
+
 def group_photos(thumbs: dict[str, bytes], radius: int = RADIUS) -> list[list[str]]:
     """Return the groups of near-duplicates among {sha256: thumbnail}, members and groups sorted."""
     keys = sorted(thumbs)
