@@ -7,11 +7,14 @@ from pathlib import Path
 import mlx.core as mx
 from click.testing import CliRunner, Result
 
+from common import vlm
 from common.adapter import adapter_config, write_adapter
 from common.analysis import compact_json
 from common.dataset import triplet_row
-from common.files import read_json, sha256_file, write_json, write_jsonl
+from common.files import sha256_file, write_json, write_jsonl
 from common.fingerprint import base_fingerprint
+from common.photo import load_photo
+from common.step import collate, loss_and_grads
 from evaluate_lora import main
 from tests.sample import scenes
 from tests.sample.make_tree import sample_prompt
@@ -39,25 +42,25 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def make_adapter(
-    folder: Path, base: Path, data: tuple[Path, Path], b_scale: float = 0.0, seed: int = 0, rank: int = 2
+    folder: Path, base: Path, data: tuple[Path, Path], b_scale: float = 0.0, climb: float = 0.0, seed: int = 0
 ) -> Path:
-    """Write an adapter folder as training leaves it: A random, B normal of ``b_scale`` (0: an adapter of zeros)."""
-    text = read_json(base / "config.json")["text_config"]
-    hidden, kv = text["hidden_size"], text["num_key_value_heads"] * text["head_dim"]
-    widths = {
-        "self_attn.q_proj": (hidden, text["num_attention_heads"] * text["head_dim"]),
-        "self_attn.v_proj": (hidden, kv),
-        "mlp.down_proj": (text["intermediate_size"], hidden),
-    }
-    key, tensors = mx.random.key(seed), {}
-    for layer in range(text["num_hidden_layers"]):
-        for module, (inputs, outputs) in widths.items():
-            name = f"language_model.model.layers.{layer}.{module}"
-            key, one, two = mx.random.split(key, 3)
-            tensors[f"{name}.lora_a"] = mx.random.normal((inputs, rank), key=one) * inputs**-0.5
-            tensors[f"{name}.lora_b"] = mx.random.normal((rank, outputs), key=two) * b_scale
+    """Write an adapter folder as training leaves it: A random, B normal of ``b_scale`` (0: an adapter of zeros).
+
+    ``climb`` adds so much of the held-out loss's gradient to B: below 0 the adapter is better than its base, above 0
+    it is sabotaged.
+    """
+    loaded = vlm.load_base(base)
+    vlm.attach_lora(loaded, rank=2, alpha=4, seed=seed)
+    tensors, key = vlm.lora_parameters(loaded.model), mx.random.key(seed)
+    matrices = [name for name in sorted(tensors) if name.endswith("lora_b")]
+    for name, own in zip(matrices, mx.random.split(key, len(matrices)), strict=True):
+        tensors[name] = b_scale * mx.random.normal(tensors[name].shape, key=own)
+    if climb:
+        gradients = _loss_gradients(loaded, read_jsonl(data[1]))
+        for name in matrices:
+            tensors[name] = tensors[name] + climb * gradients[name]
     modules = sorted({name.rpartition(".")[0] for name in tensors})
-    write_adapter(folder, tensors, adapter_config(str(base), modules, rank, 2 * rank, 0.0))
+    write_adapter(folder, tensors, adapter_config(str(base), modules, 2, 4, 0.0))
     (folder / "README.md").write_text("# card\n<!-- evaluation:start -->\nno\n<!-- evaluation:end -->\nend\n")
     record = {
         "schema_version": 1,
@@ -70,6 +73,13 @@ def make_adapter(
     }
     write_json(folder / "training_args.json", record)
     return folder
+
+
+def _loss_gradients(base: vlm.Base, rows: list[dict]) -> dict[str, mx.array]:
+    encoded = [vlm.encode(base, row["prompt"], [load_photo(row["image_path"], 128)], row["response"]) for row in rows]
+    batch = collate(base.model, [vlm.prepare_row(base, one) for one in encoded])
+    _, tokens, gradients = loss_and_grads(base.model, batch)
+    return {name: gradient / tokens for name, gradient in gradients.items()}
 
 
 def data_record(path: Path) -> dict:
