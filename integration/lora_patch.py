@@ -776,6 +776,11 @@ def _is_adapter(folder: Path) -> bool:
     return any((folder / name).exists() for name in (*WEIGHTS, "adapter_config.json"))
 
 
+def _is_whole(folder: Path) -> bool:
+    """Tell whether a folder holds a finished adapter: the config is what training writes last."""
+    return (folder / "adapter_config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS)
+
+
 def _version(name: str) -> tuple[str, int]:
     """Split a folder's name into advisor and version: qwen3-vl-4b-lora-ansel-v2 is ("ansel", 2)."""
     match = re.fullmatch(r"(?:.*lora-)?(.+?)(?:-v(\d+))?", name.lower())
@@ -794,23 +799,26 @@ def _from_folder(folder: Path, advisor: str) -> dict[str, Source]:
         name, number = _version(folder.name)
         plain = name == folder.name.lower() and number == 1 and "lora" not in name
         return {advisor: Source(((folder, 1.0),), folder.name if plain else f"v{number}")}
-    newest, deployed = {}, {}
+    newest, deployed, decided = {}, {}, set()
     for child in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         if (child / "deployed.json").is_file():
             deployed.update(_from_record(child / "deployed.json"))
-        elif _is_adapter(child):
+            decided |= {child.name.lower(), *deployed}  # also when it says that no version is in use
+        elif _is_whole(child):
             name, number = _version(child.name)
+            if re.search(r"\.[a-z]+(-\d+)?$", name):  # a copy set aside by the trainer: ...-ansel.replaced-1
+                continue
             if re.fullmatch(r"v\d+", child.name.lower()):  # versions of one adapter: folder/v1, folder/v2
                 name, number = advisor, int(child.name[1:])
             if number >= newest.get(name, (0,))[0]:
                 newest[name] = number, Source(((child, 1.0),), f"v{number}")
         else:
-            versions = [p for p in child.iterdir() if re.fullmatch(r"v\d+", p.name.lower()) and _is_adapter(p)]
+            versions = [p for p in child.iterdir() if re.fullmatch(r"v\d+", p.name.lower()) and _is_whole(p)]
             if versions:
                 last = max(versions, key=lambda path: int(path.name[1:]))
                 newest[child.name.lower()] = int(last.name[1:]), Source(((last, 1.0),), last.name.lower())
-    found = {name: source for name, (_, source) in newest.items()} | deployed
-    if not found:
+    found = {name: source for name, (_, source) in newest.items() if name not in decided} | deployed
+    if not found and not decided:
         raise LoraError(f"{folder}: neither an adapter nor a folder of adapters (no adapter_config.json in it)")
     return found
 
@@ -1888,6 +1896,7 @@ def make_report(jobs: list[dict], days: float) -> dict:
             "versions": sorted({job["version"] for job in own if job["version"]}),
             "scored": len(scores),
             "average_score": statistics.fmean(scores) if scores else None,
+            "one_score": scores[0] if len(scores) >= 5 and len(set(scores)) == 1 else None,  # does not judge at all
             "valid": sum(job["valid"] for job in own),
             "valid_rate": sum(job["valid"] for job in own) / len(own),
             "fallbacks": sum(job["fallback"] for job in own),
@@ -1967,13 +1976,13 @@ def _sentence(report: dict) -> str:
     score = difference["average_score"]
     if score is None:
         text += "; too few scores to compare"
+    elif score["low"] == score["high"]:
+        text += f"; neither's scores vary, and they differ by {abs(score['value']):.2f}"
     else:
-        sure = (
-            "which is more than chance" if score["low"] > 0 or score["high"] < 0 else "which chance alone can explain"
-        )
+        sure = "is more than chance" if score["low"] > 0 or score["high"] < 0 else "chance alone can explain"
         higher = "higher" if score["value"] >= 0 else "lower"
-        text += (f"; its scores are on average {abs(score['value']):.2f} {higher} "
-                 f"(95% interval {score['low']:+.2f} to {score['high']:+.2f}), {sure}")  # fmt: skip
+        interval = f"(95% interval {score['low']:+.2f} to {score['high']:+.2f})"
+        text += f"; its scores are on average {abs(score['value']):.2f} {higher} {interval}, which {sure}"
     rate = difference["valid_rate"]
     text += (f"; {tuned['valid_rate']:.0%} of its answers are valid against {base['valid_rate']:.0%} "
              f"(difference {rate['low']:+.0%} to {rate['high']:+.0%})")  # fmt: skip
@@ -2007,6 +2016,11 @@ def _differences(report: dict) -> list[str]:
             values = (format(found[key], form) for key in ("value", "low", "high"))
             lines.append(
                 f"{name.replace('_', ' ')}, {difference['of']}: {{}} (95% interval {{}} to {{}})".format(*values)
+            )
+    for name, arm in report["arms"].items():
+        if arm["one_score"] is not None:
+            lines.append(
+                f"all {arm['scored']} scores of {name} are {arm['one_score']:g}: copied from the prompt's example?"
             )
     if report["unrecorded"]:
         lines.append(f"{report['unrecorded']} jobs carry no recorded arm and are sorted by their mode")

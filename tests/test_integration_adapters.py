@@ -468,6 +468,11 @@ def tree(tmp_path, monkeypatch) -> Path:
     ):
         (tmp_path / "models" / name).mkdir(parents=True)
         (tmp_path / "models" / name / "adapter_config.json").write_text("{}")
+        (tmp_path / "models" / name / "adapters.safetensors").write_text("")
+    for name in ("qwen3-vl-4b-lora-ansel-v11", "qwen3-vl-4b-lora-ansel-v2.replaced-1"):  # unfinished; set aside
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "adapters.safetensors").write_text("")
+    (tmp_path / "models" / name / "adapter_config.json").write_text("{}")
     (tmp_path / "models" / "notes").mkdir()
     (tmp_path / "config").mkdir()
     return tmp_path
@@ -503,14 +508,15 @@ def test_what_a_lora_path_can_be(tree):
     deployed = {"ansel": ("v2", [("qwen3-vl-4b-lora-ansel-v2", 1.0)])}
     assert found("models") == newest | deployed
     assert found("models/ansel") == found("models/ansel/deployed.json") == deployed
-    record(tree, adapter=None, version=None)  # everything taken back
-    assert found("models/ansel") == {}
+    record(tree, adapter=None, version=None)  # everything taken back: the newest must not come in its place
+    assert found("models/ansel") == {} and found("models") == {"weston": newest["weston"]}
 
 
 def test_a_folder_of_versions(tree):
     for name in ("v1", "v2", "v10"):
         (tree / "adapters" / "weston" / name).mkdir(parents=True)
         (tree / "adapters" / "weston" / name / "adapter_config.json").write_text("{}")
+        (tree / "adapters" / "weston" / name / "adapter_model.safetensors").write_text("")
     assert found("adapters") == {"weston": ("v10", [("v10", 1.0)])}
     assert found("adapters/weston") == {"*": ("v10", [("v10", 1.0)])}
     assert found("ansel=adapters/weston") == {"ansel": ("v10", [("v10", 1.0)])}

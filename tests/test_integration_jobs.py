@@ -382,6 +382,14 @@ def test_the_report_as_table_and_page(jobs, tmp_path):
     )
 
 
+def test_scores_that_never_vary_are_pointed_out(jobs):
+    fill(jobs, "ab_test_base", [7.4] * 6)
+    fill(jobs, "ab_test_fine_tuned", [7.4] * 6)
+    said = report(jobs).stdout
+    assert "all 6 scores of ab_test_base are 7.4: copied from the prompt's example?" in said
+    assert "neither's scores vary, and they differ by 0.00" in said and "chance" not in said
+
+
 def test_the_older_eras_are_read_by_their_mode(tmp_path):
     html = (
         '<div class="feedback-card"><h3>Composition <span class="dimension-score">(8/10)</span></h3></div>'

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from common.photo import load_photo
+from common.versions import rollback
 from tests.sample.make_tree import sample_prompt
 from tests.standin.running import STANDIN, VARIANTS, RunningService, deploy, make_adapter
 
@@ -26,7 +27,7 @@ def models(tiny_base: Path, tmp_path_factory) -> Path:
     make_adapter(folder / "qwen3-vl-4b-lora-ansel", tiny_base, 1)
     make_adapter(folder / "qwen3-vl-4b-lora-ansel-v2", tiny_base, 2)
     make_adapter(folder / "qwen3-vl-4b-lora-weston", tiny_base, 3)
-    deploy(folder, "ansel", folder / "qwen3-vl-4b-lora-ansel", "v1")
+    deploy(folder, "ansel", 1)
     return folder
 
 
@@ -134,7 +135,7 @@ def test_health_says_what_is_served(service, models, tiny_base):
 
 
 def test_reload_and_rollback_under_load_without_a_failed_request(service, offline, photos, models):
-    """v1 -> v2 -> v1 -> base mode -> back, while requests run: each answer is wholly of one of them."""
+    """v1, v2, rolled back to v1 and to the base, base mode, and back: each answer is wholly of one of them."""
     stop = time.monotonic() + 9
     done = []
 
@@ -146,37 +147,42 @@ def test_reload_and_rollback_under_load_without_a_failed_request(service, offlin
 
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         askers = [pool.submit(ask, number) for number in range(6)]
-        for version in ("v2", "v1", "v2"):
+        deploy(models, "ansel", 1, 2)
+        for version in ("v2", "v1", None):  # what stands in the record, then `make rollback` twice: to v1, to the base
+            if version != "v2":
+                rollback(models, "ansel")
             time.sleep(1.5)
-            deploy(models, "ansel", models / ("qwen3-vl-4b-lora-ansel" + {"v1": ""}.get(version, "-v2")), version)
             status, _, body = service.post("/lora/reload")
-            assert status == 200 and json.loads(body)["adapters"]["ansel"] == version, body
-        time.sleep(1.5)
+            assert status == 200 and json.loads(body)["adapters"].get("ansel") == version, body
+        time.sleep(1.0)
+        deploy(models, "ansel", 1)
+        assert service.post("/lora/reload")[0] == 200
+        time.sleep(1.0)
         assert service.post("/lora/reload", model_mode="base")[0] == 200
         assert service.get("/health")["model_mode"] == "base"
         time.sleep(1.0)
-        deploy(models, "ansel", models / "qwen3-vl-4b-lora-ansel", "v1")
         assert service.post("/lora/reload", model_mode="ab_test")[0] == 200
         for asker in askers:
             asker.result()
     name = photos[0].name
     for used, version, response in done:
-        assert response == offline[version or "base", "ansel", name, "prepared"]
+        assert response == offline[version or "base", "ansel", name, "prepared" if version else "as it is"]
         assert used == ("fine_tuned" if version else "base")
     assert {version for _, version, _ in done} == {"v1", "v2", None}
 
 
 def test_a_refused_reload_changes_nothing(service, photos, offline, models):
-    broken = models / "broken"
-    broken.mkdir()
-    deploy(models, "ansel", broken, "v9")
+    weights = models / "qwen3-vl-4b-lora-ansel-v2" / "adapters.safetensors"
+    whole = weights.read_bytes()
+    deploy(models, "ansel", 2)
+    weights.write_bytes(whole[:-1])
     status, _, body = service.post("/lora/reload")
-    assert status == 409 and "broken" in json.loads(body)["error"]
+    assert status == 409 and "not the file that was deployed" in json.loads(body)["error"]
     headers, answer = service.analyze(photos[0], "ansel", "after", lora_arm="fine_tuned")
     assert headers["X-Adapter-Version"] == "v1"
     assert answer["response"] == offline["v1", "ansel", photos[0].name, "prepared"]
-    broken.rmdir()
-    deploy(models, "ansel", models / "qwen3-vl-4b-lora-ansel", "v1")
+    weights.write_bytes(whole)
+    deploy(models, "ansel", 1)
     assert service.post("/lora/reload", model_mode="nonsense")[0] == 409
     assert service.post("/lora/reload")[0] == 200
 

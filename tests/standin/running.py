@@ -16,7 +16,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from common.adapter import adapter_config, write_adapter
+from common.files import write_json
 from common.fingerprint import base_fingerprint
+from common.versions import new_record, record_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PATCH = ROOT / "integration" / "lora_patch.py"
@@ -63,18 +65,14 @@ def make_adapter(folder: Path, base: Path, seed: int, rank: int = 4, alpha: floa
     return folder
 
 
-def deploy(models: Path, advisor: str, folder: Path, version: str) -> None:
-    """Write models/ADVISOR/deployed.json as promotion does."""
+def deploy(models: Path, advisor: str, *numbers: int) -> None:
+    """Write models/ADVISOR/deployed.json as promoting these versions one after another does."""
+    history: list[dict] = []
+    for number in numbers:
+        record = new_record(models, advisor, number, None, history)
+        history = [{key: value for key, value in record.items() if key != "history"}, *history]
     (models / advisor).mkdir(exist_ok=True)
-    record = {
-        "schema_version": 1,
-        "advisor": advisor,
-        "version": version,
-        "adapter": os.path.relpath(folder, models / advisor),
-    }
-    new = models / advisor / "deployed.json.new"
-    new.write_text(json.dumps(record))
-    new.replace(models / advisor / "deployed.json")
+    write_json(record_path(models, advisor), record)
 
 
 def patch_command(*arguments: str) -> subprocess.CompletedProcess:
