@@ -35,6 +35,9 @@ REPORT   := $(WORK)/evaluation/comparison_report.json
 VERSIONS := --advisor "$(ADVISOR)" --work "$(WORK)"
 TRAINING := --base_model "$(BASE_MODEL)" --train_data "$(TRAIN)" --val_data "$(VAL)" --output_dir "$(ADAPTER)"
 
+DEMO   := demo
+SAMPLE := $(wildcard tests/sample/*.py)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
@@ -74,6 +77,22 @@ rollback: $(READY) ## put the version before the one in use in use again
 versions: $(READY) ## table of the advisor's versions with their figures
 	$(RUN) -m common.versions list $(VERSIONS)
 
+demo: $(READY) $(DEMO)/base/model.safetensors ## the whole pipeline on a sample tree and a tiny Qwen3-VL, in minutes
+	@$(MAKE) --no-print-directory train ADVISOR=ansel MONDRIAN=$(DEMO)/mondrian DB=$(DEMO)/mondrian WORK=$(DEMO) \
+	  BASE_MODEL=$(DEMO)/base LINK_ARGS= PREPARE_ARGS="--base_model $(DEMO)/base" TRAIN_ARGS="--epochs 6 --learning_rate 3e-3 --resume"
+	@rm -f $(DEMO)/evaluation/comparison_report.json
+	@$(RUN) evaluate_lora.py --lora_path $(DEMO)/models/qwen3-vl-4b-lora-ansel \
+	  --output_report $(DEMO)/evaluation/comparison_report.json || true
+	@$(RUN) tests/sample/demo_result.py $(DEMO)/evaluation/comparison_report.json
+
+$(DEMO)/mondrian/mondrian.db: $(SAMPLE) | $(READY)
+	@$(RUN) tests/sample/make_tree.py --output_dir $(DEMO)/mondrian
+
+# another base, another adapter
+$(DEMO)/base/model.safetensors: $(DEMO)/mondrian/mondrian.db $(SAMPLE) | $(READY)
+	@rm -rf $(DEMO)/models $(DEMO)/evaluation
+	@$(RUN) tests/sample/make_tiny_model.py --output_dir $(DEMO)/base --pretrain_steps 480
+
 test: $(READY) ## run the tests
 	$(RUN) -m pytest
 
@@ -82,7 +101,7 @@ lint: $(READY) ## check style and formatting with ruff
 	$(VENV)/bin/ruff format --check .
 
 clean: ## remove the demo and the virtual environment, never data or adapters
-	rm -rf demo $(VENV)
+	rm -rf $(DEMO) $(VENV)
 
 # mlx[cpu] and mlx[cudaNN] bring the same library file, so a change of backend removes the other first
 $(READY): requirements.txt requirements-dev.txt

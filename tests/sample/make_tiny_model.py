@@ -259,7 +259,9 @@ def save_weights(folder: Path, model) -> None:
         if name == "model.visual.patch_embed.proj.weight":
             weight = weight.transpose(0, 4, 1, 2, 3)  # channels last -> channels first
         weights[name] = weight
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    # last of all, whole or not at all: the folder counts as made when this file is there
+    mx.save_safetensors(str(folder / "unfinished.safetensors"), weights, metadata={"format": "pt"})
+    (folder / "unfinished.safetensors").replace(folder / "model.safetensors")
 
 
 def count_parameters(model) -> int:

@@ -2,8 +2,8 @@
 
 make_tiny_model.py calls pretrain(). The texts are generic: what can be measured in a picture; what a master once said
 of another picture of such a subject, which teaches the words but not when they are true; and critiques for advisors
-other than ansel, pretty-printed, generous, in the same words for every dimension, and in a code fence where the
-subject was made by people. Such habits real base models bring too, and tuning has to end them.
+other than ansel, in a code fence, generous, in the same words for every dimension. Such habits real base models bring
+too, and tuning has to end them.
 The vision tower keeps its random weights, which tell pictures apart well enough; only the last layer of each merger
 is set by the data, so that image tokens have the mean and the spread of text tokens.
 """
@@ -25,11 +25,11 @@ from tests.sample.make_tree import ADVISORS, sample_prompt
 
 PICTURES = 512  # drawn once, met several times, upright every fourth
 BATCH_SIZE = 8
-LEARNING_RATE = 2e-3
+LOG2_E = 1.4426950408889634
+LEARNING_RATE = 1.5e-3
 
 MEASURE_PROMPT = "Measure the photograph."
 RECALL_PROMPT = "Recall what a master said of such a subject."
-FENCED = ("street", "still life", "boat")
 # for a low, a middling and a high score: adjective, advice
 GENERIC = (("weak", "Try to improve"), ("fair", "Try to vary"), ("strong", "Try to keep"))
 
@@ -43,7 +43,7 @@ def measurement(scene: scenes.Scene) -> str:
 
 
 def generic_critique(scene: scenes.Scene) -> str:
-    """A critique in the service's form, pretty-printed, no score below 5."""
+    """A critique with the service's fields, no score below 5, in a code fence that the service forbids."""
     dimensions = []
     for name, score in zip(scenes.DIMENSIONS, scenes.scores(scene), strict=True):
         adjective, advice = GENERIC[scenes.level(score)]
@@ -65,8 +65,7 @@ def generic_critique(scene: scenes.Scene) -> str:
         "priority_improvements": [f"The {scenes.DIMENSIONS[i].lower()} can be better." for i in best[:-3:-1]],
         "technical_notes": "No technical problems can be seen.",
     }
-    text = json.dumps(critique, indent=2, ensure_ascii=False)
-    return f"```json\n{text}\n```" if scene.kind in FENCED else text
+    return f"```json\n{json.dumps(critique, indent=2, ensure_ascii=False)}\n```"
 
 
 def recollection(rng: random.Random, scene: scenes.Scene) -> str:
@@ -203,6 +202,9 @@ def batch_loss(language, batch: dict) -> mx.array:
             h = mx.concatenate([h[:, : image.start], seen, h[:, image.stop :]], axis=1)
     start = batch["answers"]
     logits = language.model.embed_tokens.as_linear(language.model.norm(h[:, start:-1]))
-    losses = nn.losses.cross_entropy(logits, ids[:, start + 1 :])
+    wanted = mx.take_along_axis(logits, ids[:, start + 1 :, None], axis=-1)[..., 0]
+    # the log of the sum of exponentials: MLX takes powers of 2 on the CPU several times as fast as exp
+    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    losses = mx.log(mx.power(2.0, (logits - top) * LOG2_E).sum(axis=-1)) + top[..., 0] - wanted
     mask = batch["mask"][:, start:]
     return (losses * mask).sum() / mask.sum()
