@@ -77,14 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add = functools.partial(parser.add_argument_group("LoRA adapters").add_argument, action=_Flag)
     add("--lora_path", help="adapter folder, folder of versions, or ansel=FOLDER,weston=FOLDER; a:0.7,b:0.3 combines")
     add("--model_mode", choices=MODES, help="which model answers (default: base)")
-    add("--ab_test_split", type=_share, help="share of jobs that ab_test gives to the adapter (default: 0.5)")
+    add("--ab_test_split", type=_share, help="share of jobs that ab_test gives to the adapter (default: %(default)s)")
     add("--use_fine_tuned", nargs=0, help="the same as --model_mode fine_tuned")
     add("--model_config", help="JSON with named models and active_model, or a deployed.json")
     add("--jobs_db", help="database with the jobs table (default: the service's, else mondrian.db)")
     add("--fallback_on_invalid", type=_yes_or_no, help="on|off: retry an unusable answer on the base (default: on)")
     add("--allow_arm_override", nargs=0, help="debugging: let a request choose with X-Lora-Arm: base|fine_tuned")
-    add("--breaker_window", type=_count, help="answers of an adapter that its circuit breaker looks at (default: 20)")
-    add("--breaker_bound", type=_share, help="share of bad answers above which it goes off (default: 0.25)")
+    add(
+        "--breaker_window",
+        type=_count,
+        help="answers of an adapter that its circuit breaker looks at (default: %(default)s)",
+    )
+    add("--breaker_bound", type=_share, help="share of bad answers above which it goes off (default: %(default)s)")
     add("--breaker_time_limit", type=float, help="seconds; a slower answer is a bad one (default: --model_timeout)")
     return parser
 
