@@ -9,56 +9,38 @@ layers share one compiled trace per shape, which takes a second; a compiled whol
 Reads and writes no files.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import mlx.core as mx
 import numpy as np
 
-from common.vlm import LayerSpec, Packing
+from common import kernels
+from common.vlm import GROUPS, LayerSpec, Packing
 
-# Projections that share an input share one product with their A matrices, and one dropout mask.
-GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 CHUNK = 256  # queries a block of the chunked attention: 88 MB of float32 scores at 32 heads and 2,688 keys
 
 
-# -- the adapter as one vector ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one matrix lies in a layer's part of the packed adapter."""
-
-    key: tuple[str, str]  # ("a", group): the group's A matrices side by side; ("b", projection)
-    start: int
-    shape: tuple[int, int]
-
-    def of(self, vector: mx.array) -> mx.array:
-        """Return the matrix as a view."""
-        return vector[self.start : self.start + self.shape[0] * self.shape[1]].reshape(self.shape)
-
-
-@lru_cache
-def slots(spec: LayerSpec) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
-    """Return the A slots (one a group, [in, members * rank]) and the B slots (one a projection, [rank, out])."""
-    widths = dict(spec.widths)
-    a, b, at_a, at_b = [], [], 0, 0
-    for group in GROUPS:
-        names = members(spec, group)
-        if names:
-            shape = (widths[names[0]][0], len(names) * spec.rank)
-            a.append(Slot(("a", group), at_a, shape))
-            at_a += shape[0] * shape[1]
-        for name in names:
-            shape = (spec.rank, widths[name][1])
-            b.append(Slot(("b", name), at_b, shape))
-            at_b += shape[0] * shape[1]
-    return tuple(a), tuple(b)
+# -- the adapter ------------------------------------------------------------------------------------------------------
 
 
 def members(spec: LayerSpec, group: str) -> list[str]:
     """Return the group's projections that carry an adapter, in order."""
     return [name for name in GROUPS[group] if name in spec.lora]
+
+
+def adapted(spec: LayerSpec) -> list[str]:
+    """Return the groups that carry an adapter, in order: the order of a layer's adapter arrays."""
+    return [group for group in GROUPS if members(spec, group)]
+
+
+@lru_cache
+def columns(spec: LayerSpec, group: str) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Return (outputs of the whole group, where each projection's outputs lie among them)."""
+    widths, at, places = dict(spec.widths), 0, {}
+    for name in GROUPS[group]:
+        places[name] = (at, at + widths[name][1])
+        at += widths[name][1]
+    return at, places
 
 
 # -- projections ------------------------------------------------------------------------------------------------------
@@ -67,8 +49,8 @@ def members(spec: LayerSpec, group: str) -> list[str]:
 def matrix(parts: tuple, packing: Packing | None, dtype: mx.Dtype) -> mx.array:
     """Return a frozen [out, in] matrix; a quantized one is unpacked for the moment.
 
-    At thousands of tokens the product is bound by arithmetic, so unpacking (a few percent of its time) and one
-    full-speed product beat a quantized product, and the same matrix serves the backward pass.
+    At thousands of tokens the product is bound by arithmetic: unpacking takes 60 microseconds and the product after it
+    210, the quantized product of MLX 890 (one MLP matrix, H200). The same matrix serves the backward pass.
     """
     if packing is None:
         return parts[0]
@@ -77,81 +59,60 @@ def matrix(parts: tuple, packing: Packing | None, dtype: mx.Dtype) -> mx.array:
 
 
 class _Projections:
-    """The layer's matrices, adapters and dropout masks, as one traced call sees them."""
+    """The layer's matrices, adapters and dropout masks, as one traced call sees them.
+
+    A group's B matrices stand as the blocks of one matrix [members * rank, outputs], so that a group is one linear map:
+    y = x W^T + (drop(x) A) B, A times the LoRA scale.
+    """
 
     def __init__(self, spec, frozen, lora, noise, dtype):
-        self.spec, self.noise = spec, noise
-        packing = dict(spec.packing)
-        self.w = {name: (frozen[name], packing[name], dtype) for name in packing}
-        self.a = {slot.key[1]: slot.of(lora[0]) for slot in slots(spec)[0]}
-        self.b = {slot.key[1]: slot.of(lora[1]) for slot in slots(spec)[1]}
+        self.spec, self.frozen, self.noise, self.dtype = spec, frozen, noise, dtype
+        self.lora = dict(zip(adapted(spec), lora, strict=True))
 
-    def weight(self, name):
-        return matrix(*self.w[name])
+    def weight(self, group):
+        packing = dict(self.spec.grouped)[group]
+        parts = [matrix(part, how, self.dtype) for part, how in zip(self.frozen[group], packing, strict=True)]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def low(self, group, x, rows):
-        """Return the group's A products of the dropped-out input, scaled: [N, members * rank], or None."""
-        return self.drop(group, x, rows) @ self.a[group] if group in self.a else None
+        """Return the group's A products of the dropped-out input: [N, members * rank], or None without an adapter."""
+        return self.drop(group, x, rows) @ self.lora[group][0] if group in self.lora else None
 
     def drop(self, group, x, rows):
         """Apply the group's dropout mask to x, or to a gradient on its way back."""
         if self.noise is None:
             return x
-        keep = dropout_mask(self.noise[list(GROUPS).index(group)], rows, x.shape[-1], self.spec.dropout)
-        return mx.where(keep, x * (1 / (1 - self.spec.dropout)), 0).astype(x.dtype)
+        return kernels.dropout(x, self.noise[list(GROUPS).index(group)], rows, self.spec.dropout)
 
-    def part(self, z, group, name):
-        """Return one projection's columns of the group's A products."""
-        names = members(self.spec, group)
-        return z if len(names) == 1 else mx.split(z, len(names), axis=1)[names.index(name)]
+    def forward(self, group, x, z, residual=None):
+        """Return the group's outputs side by side, plus ``residual``.
 
-    def forward(self, group, x, z):
-        """Return the outputs of the group's projections."""
-        outputs = []
-        for name in GROUPS[group]:
-            y = x @ self.weight(name).T
-            outputs.append(mx.addmm(y, self.part(z, group, name), self.b[name]) if name in self.b else y)
-        return outputs
+        The small product comes first and the large one adds to it: the addition hides in a product bound by arithmetic,
+        where the other way around it is one more pass over the memory.
+        """
+        y = residual
+        if z is not None:
+            b = self.lora[group][1]
+            y = z @ b if y is None else mx.addmm(y, z, b)
+        w = self.weight(group).T
+        return x @ w if y is None else mx.addmm(y, x, w)
 
-    def backward(self, group, x, z, dys, rows, need_dx=True):
-        """Return (gradient of x, {A and B gradients; A's without the scale})."""
-        grads, dzs, dx = {}, [], None
-        for name, dy in zip(GROUPS[group], dys, strict=True):
-            if need_dx:
-                w = self.weight(name)
-                dx = dy @ w if dx is None else mx.addmm(dx, dy, w)
-            if name in self.b:
-                grads["b", name] = self.part(z, group, name).T @ dy
-                dzs.append(dy @ self.b[name].T)
-        if dzs:
-            dz = dzs[0] if len(dzs) == 1 else mx.concatenate(dzs, axis=1)
-            grads["a", group] = self.drop(group, x, rows).T @ dz
-            if need_dx and self.noise is None:
-                dx = mx.addmm(dx, dz, self.a[group].T)
-            elif need_dx:
-                dx = dx + self.drop(group, dz @ self.a[group].T, rows)
-        return dx, grads
+    def backward(self, group, dy, rows):
+        """Return the gradients of (the group's input, its A products) for the outputs' gradient."""
+        if group not in self.lora:
+            return dy @ self.weight(group), None
+        a, b = self.lora[group]
+        dz = dy @ b.T
+        if self.noise is None:
+            return mx.addmm(dz @ a.T, dy, self.weight(group)), dz
+        return mx.addmm(self.drop(group, dz @ a.T, rows), dy, self.weight(group)), dz
+
+    def gradients(self, group, x, z, dy, dz, rows):
+        """Return the gradients of (A, without the scale; B, whose blocks off the diagonal mean nothing), or None."""
+        return None if dz is None else (self.drop(group, x, rows).T @ dz, z.T @ dy)
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------
-
-
-def _mix(h: mx.array) -> mx.array:
-    """Mix the bits of uint32 (the finalizer `lowbias32` of C. Wellons' hash prospector)."""
-    h = (h ^ (h >> 16)) * mx.array(0x7FEB352D, mx.uint32)
-    h = (h ^ (h >> 15)) * mx.array(0x846CA68B, mx.uint32)
-    return h ^ (h >> 16)
-
-
-def dropout_mask(seed: mx.array, rows: mx.array, width: int, rate: float) -> mx.array:
-    """Return bool [N, width], true where an input stays: a hash of (seed, row, column).
-
-    Counter-based, in plain integer arithmetic: recomputation, another device and another padding give the same mask,
-    and inside a fused kernel it costs no memory traffic. ``rows`` is uint32 [N], a row's identity in the batch.
-    """
-    down = _mix(rows * mx.array(0x9E3779B1, mx.uint32) + seed)
-    across = _mix(mx.arange(width, dtype=mx.uint32) * mx.array(0x85EBCA77, mx.uint32) + (seed ^ 0x5BD1E995))
-    return _mix(down[:, None] ^ across[None, :]) >= mx.array(round(rate * 2**32), mx.uint32)
 
 
 def seeds(seed: tuple[int, ...], layers: int) -> mx.array:
@@ -212,30 +173,19 @@ def _chunked_vjp(q, k, v, do):
     return o, dq, dk[:, :, 0], dv[:, :, 0]
 
 
-def _rotate(x, cos, sin):
-    """Turn the halves of [B, L, H, d] by the angles of cos and sin [B, L, 1, 2, d / 2] (sin's first half negated).
-
-    The halves are swapped by a view (a reversed axis of two), so the whole rotation is one fused kernel.
-    """
-    halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape)
-
-
-def _norm_vjp(x, weight, eps, dy):
-    """Gradient of x through an RMSNorm whose weight is frozen (so its gradient is never formed)."""
-    return mx.vjp(lambda m: mx.fast.rms_norm(m, None, eps), [x], [(dy * weight).astype(x.dtype)])[1][0]
-
-
 # -- the layer --------------------------------------------------------------------------------------------------------
 
 
-def _heads(spec, q, k, v, frozen, rope):
-    """Normalise and rotate; [N, H * d] each to [B, H, L, d]."""
+def _heads(spec, qkv, frozen, rope):
+    """Return q [B, H, L, d], k and v [B, H_kv, L, d] of the packed projections, normalised and rotated."""
     cos, sin = rope
-    shape = (*cos.shape[:2], -1, spec.head_dim)
-    q = _rotate(mx.fast.rms_norm(q.reshape(shape), frozen["q_norm"], spec.eps), cos, sin)
-    k = _rotate(mx.fast.rms_norm(k.reshape(shape), frozen["k_norm"], spec.eps), cos, sin)
-    return tuple(m.transpose(0, 2, 1, 3) for m in (q, k, v.reshape(shape)))
+    flat = kernels.heads(qkv, frozen["q_norm"], frozen["k_norm"], cos, sin, spec.eps, spec.heads, spec.kv_heads)
+    return tuple(m.reshape(*cos.shape[:2], -1, spec.head_dim).transpose(0, 2, 1, 3) for m in flat)
+
+
+def _flat(x):
+    """Turn [B, H, L, d] into [B * L, H * d]."""
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0] * x.shape[2], -1)
 
 
 def _rows_of(x, targets):
@@ -247,92 +197,62 @@ def _forward(spec, keep, x, frozen, lora, rope, noise, rows, targets):
     z = {}
     n = mx.fast.rms_norm(x, frozen["input_norm"], spec.eps)
     z["qkv"] = p.low("qkv", n, rows)
-    q, k, v = p.forward("qkv", n, z["qkv"])
-    o = attention(*_heads(spec, q, k, v, frozen, rope)).transpose(0, 2, 1, 3).reshape(len(x), -1)
-    o, rows = _rows_of(o, targets), _rows_of(rows, targets)
+    qkv = p.forward("qkv", n, z["qkv"])
+    o = _rows_of(_flat(attention(*_heads(spec, qkv, frozen, rope))), targets)
+    rows = _rows_of(rows, targets)
     z["o"] = p.low("o", o, rows)
-    h = _rows_of(x, targets) + p.forward("o", o, z["o"])[0]
+    h = p.forward("o", o, z["o"], _rows_of(x, targets))
     n = mx.fast.rms_norm(h, frozen["post_norm"], spec.eps)
     z["gate_up"] = p.low("gate_up", n, rows)
-    gate, up = p.forward("gate_up", n, z["gate_up"])
-    act = _swiglu(gate, up)
+    gate_up = p.forward("gate_up", n, z["gate_up"])
+    act = kernels.swiglu(gate_up)
     z["down"] = p.low("down", act, rows)
-    y = h + p.forward("down", act, z["down"])[0]
-    names = {"nothing": (), "inputs": ("x", "h"), "all": ("x", "h", "q", "k", "v", "gate", "up")}[keep]
-    kept = dict(x=x, h=h, q=q, k=k, v=v, gate=gate, up=up)
-    kept = {name: kept[name] for name in names}
-    if names:
+    y = p.forward("down", act, z["down"], h)
+    kept = {"nothing": {}, "inputs": {"x": x, "h": h}, "all": {"x": x, "h": h, "qkv": qkv, "gate_up": gate_up}}[keep]
+    if kept:
         kept["z"] = {group: m for group, m in z.items() if m is not None}
     return y, kept
 
 
-def _swiglu(gate, up):
-    g = gate.astype(mx.float32)
-    return (g * mx.sigmoid(g) * up.astype(mx.float32)).astype(gate.dtype)
-
-
-def _swiglu_vjp(gate, up, dact):
-    g, u, d = (m.astype(mx.float32) for m in (gate, up, dact))
-    s = mx.sigmoid(g)
-    return (d * u * s * (1 + g * (1 - s))).astype(gate.dtype), (d * g * s).astype(gate.dtype)
-
-
-def _backward(spec, fused, need_dx, dy, keep, frozen, lora, rope, noise, rows, targets):
-    x, h, z = keep["x"], keep["h"], keep["z"]
+def _backward(spec, fused, need_dx, dy, kept, frozen, lora, rope, noise, rows, targets):
+    x, h, z = kept["x"], kept["h"], kept["z"]
     p = _Projections(spec, frozen, lora, noise, x.dtype)
     late = _rows_of(rows, targets)
-    n = mx.fast.rms_norm(h, frozen["post_norm"], spec.eps)
-    gate, up = (keep["gate"], keep["up"]) if "gate" in keep else p.forward("gate_up", n, z.get("gate_up"))
-    dact, grads = p.backward("down", _swiglu(gate, up), z.get("down"), [dy], late)
-    dn, new = p.backward("gate_up", n, z.get("gate_up"), _swiglu_vjp(gate, up, dact), late)
-    grads.update(new)
-    dh = dy + _norm_vjp(h, frozen["post_norm"], spec.eps, dn)
+    grads = {}
 
-    cos, sin = rope
-    batch, length = cos.shape[:2]
+    n = mx.fast.rms_norm(h, frozen["post_norm"], spec.eps)
+    gate_up = kept["gate_up"] if "gate_up" in kept else p.forward("gate_up", n, z.get("gate_up"))
+    dact, dz = p.backward("down", dy, late)
+    act, dgate_up = kernels.swiglu_vjp(gate_up, dact)
+    grads["down"] = p.gradients("down", act, z.get("down"), dy, dz, late)
+    dn, dz = p.backward("gate_up", dgate_up, late)
+    grads["gate_up"] = p.gradients("gate_up", n, z.get("gate_up"), dgate_up, dz, late)
+    dh = kernels.norm_vjp(h, frozen["post_norm"], spec.eps, dn, dy)
+
     n = mx.fast.rms_norm(x, frozen["input_norm"], spec.eps)
-    flat_q, flat_k, flat_v = (keep[m] for m in "qkv") if "q" in keep else p.forward("qkv", n, z.get("qkv"))
-    q, k, v = _heads(spec, flat_q, flat_k, flat_v, frozen, rope)
-    # The output's gradient needs W_o alone; the output itself comes back from the attention's own backward pass.
-    do = dh @ p.weight("o")
-    if "o" in p.b:
-        dz = dh @ p.b["o"].T
-        grads["b", "o"] = z["o"].T @ dh
-        do = do + p.drop("o", dz @ p.a["o"].T, late) if noise is not None else mx.addmm(do, dz, p.a["o"].T)
+    qkv = kept["qkv"] if "qkv" in kept else p.forward("qkv", n, z.get("qkv"))
+    do, dz = p.backward("o", dh, late)
     if targets is not None:
         do = mx.zeros((len(x), do.shape[1]), do.dtype).at[targets].add(do)
+    do = do.reshape(*rope[0].shape[:2], -1, spec.head_dim).transpose(0, 2, 1, 3)
+    # The output of attention comes back from its own backward pass, so that the forward pass need not keep it.
+    o, *dheads = attention_vjp(*_heads(spec, qkv, frozen, rope), do, fused)
+    grads["o"] = p.gradients("o", _rows_of(_flat(o), targets), z.get("o"), dh, dz, late)
+    norms = frozen["q_norm"], frozen["k_norm"]
+    dqkv = kernels.heads_vjp(qkv, *norms, *rope, spec.eps, *(_flat(m) for m in dheads))
+    dn, dz = p.backward("qkv", dqkv, rows)
+    grads["qkv"] = p.gradients("qkv", n, z.get("qkv"), dqkv, dz, rows)
+    if targets is not None:
         dh = mx.zeros(x.shape, dh.dtype).at[targets].add(dh)
-    do = do.reshape(batch, length, spec.heads, spec.head_dim).transpose(0, 2, 1, 3)
-    o, dq, dk, dv = attention_vjp(q, k, v, do, fused)
-    if "o" in p.b:
-        o = _rows_of(o.transpose(0, 2, 1, 3).reshape(len(x), -1), targets)
-        grads["a", "o"] = p.drop("o", o, late).T @ dz
-
-    dq, dk, dv = (m.transpose(0, 2, 1, 3) for m in (dq, dk, dv))
-    dq, dk = (_rotate(m, cos, -sin) for m in (dq, dk))
-    dq = _norm_vjp(flat_q.reshape(dq.shape), frozen["q_norm"], spec.eps, dq)
-    dk = _norm_vjp(flat_k.reshape(dk.shape), frozen["k_norm"], spec.eps, dk)
-    dys = [m.reshape(len(x), -1) for m in (dq, dk, dv)]
-    dn, new = p.backward("qkv", n, z.get("qkv"), dys, rows, need_dx)
-    grads.update(new)
-    dx = dh + _norm_vjp(x, frozen["input_norm"], spec.eps, dn) if need_dx else None
-    return dx, _pack_grads(spec, grads)
-
-
-def _pack_grads(spec, grads):
-    """Return the layer's (A, B) gradients as float32 vectors in the adapter's layout."""
-    a, b = slots(spec)
-    if not a:
-        return None
-    ga, gb = (mx.concatenate([grads[slot.key].reshape(-1) for slot in part]) for part in (a, b))
-    return ga.astype(mx.float32) * spec.lora_scale, gb.astype(mx.float32)
+    dx = kernels.norm_vjp(x, frozen["input_norm"], spec.eps, dn, dh) if need_dx else None
+    return dx, [grads[group] for group in adapted(spec)]
 
 
 @lru_cache
 def forward(spec: LayerSpec, keep: str):
     """Return f(x, frozen, lora, rope, noise, rows, targets) -> (y, kept), compiled once a shape.
 
-    x [N, D] with N = B * L; ``lora`` the layer's (A times the LoRA scale, B) as packed vectors in x's dtype; ``rope``
+    x [N, D] with N = B * L; ``frozen`` and ``lora`` the layer's arrays (see `common.step`) in x's dtype; ``rope``
     (cos, sin) [B, L, 1, 2, d / 2], sin's first half negated; ``noise`` uint32 [4] or None; ``rows`` uint32 [N];
     ``targets`` int32 [R] or None: the last layer computes its second half at those rows alone. ``keep`` says what the
     backward pass will find: "nothing", "inputs" (of the two halves: checkpointing) or "all" (no product is repeated).
@@ -342,5 +262,5 @@ def forward(spec: LayerSpec, keep: str):
 
 @lru_cache
 def backward(spec: LayerSpec, fused: bool, need_dx: bool):
-    """Return f(dy, kept, frozen, lora, rope, noise, rows, targets) -> (dx, (A gradients, B gradients))."""
+    """Return f(dy, kept, frozen, lora, rope, noise, rows, targets) -> (dx, [(A, B) gradients of each group])."""
     return mx.compile(partial(_backward, spec, fused, need_dx))

@@ -9,22 +9,22 @@ float32 vector instead (`pack_lora`, `packed_loss_and_grads`, `unpack_lora`): on
 all-reduce in place of 504 each. No files are read or written.
 """
 
+import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from common import layer
-from common.vlm import Decoder, Packing, Row, decoder, lora_parameters
+from common import kernels, layer
+from common.vlm import Decoder, LayerSpec, Packing, Row, decoder, lora_parameters
 
 PAD_MULTIPLE = 128  # CUDA's fused attention backward exists only for lengths that are multiples of 128
-IN_FLIGHT = 2  # layers queued on the device ahead of the one it works on
+IN_FLIGHT = 1  # layers queued on the device ahead of the one it works on; 2 and 4 are no faster, and take 1 GB each
 VOCAB_CHUNK = 16384  # columns of the output head at a time
-ROW_CHUNK = 2048  # supervised positions at a time
+ROW_CHUNK = 1024  # supervised positions at a time
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -111,38 +111,64 @@ def _rope(cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
 # -- the adapter as one vector ----------------------------------------------------------------------------------------
 
 
-def _places(parts: Decoder) -> Iterator[tuple[str, int, tuple[int, int], slice]]:
-    """Yield (parameter name, start in the vector, shape of the block there, columns of the block) of each matrix.
+@dataclass(frozen=True)
+class _Block:
+    """One matrix of every layer: a stretch of the vector, [layers, rows, columns]."""
 
-    The vector holds every layer's A blocks, then every layer's B blocks, so that each half is cast (and A scaled)
-    by one kernel.
-    """
-    start = 0
-    for part, letter in enumerate("ab"):
-        for spec, names in zip(parts.specs, parts.names, strict=True):
-            for slot in layer.slots(spec)[part]:
-                held = layer.members(spec, slot.key[1]) if letter == "a" else [slot.key[1]]
-                width = slot.shape[1] // len(held)
-                for i, name in enumerate(held):
-                    yield f"{names[name]}.lora_{letter}", start, slot.shape, slice(i * width, (i + 1) * width)
-                start += slot.shape[0] * slot.shape[1]
+    part: str  # "lora_a": a group's A matrices side by side; "lora_b": one projection's B
+    of: tuple[str, ...]  # the projections
+    start: int
+    shape: tuple[int, int, int]
+
+    @property
+    def stop(self) -> int:
+        return self.start + math.prod(self.shape)
+
+    def take(self, vector: mx.array) -> mx.array:
+        return vector[self.start : self.stop].reshape(self.shape)
+
+
+@lru_cache
+def _blocks(spec: LayerSpec, layers: int) -> tuple[_Block, ...]:
+    """Return the vector's layout: all A first, so that one kernel casts and scales them, then all B."""
+    widths, blocks, at = dict(spec.widths), [], 0
+    for group in layer.adapted(spec):
+        names = tuple(layer.members(spec, group))
+        blocks.append(_Block("lora_a", names, at, (layers, widths[names[0]][0], len(names) * spec.rank)))
+        at = blocks[-1].stop
+    for group in layer.adapted(spec):
+        for name in layer.members(spec, group):
+            blocks.append(_Block("lora_b", (name,), at, (layers, spec.rank, widths[name][1])))
+            at = blocks[-1].stop
+    return tuple(blocks)
+
+
+def _layout(parts: Decoder) -> tuple[_Block, ...]:
+    spec = parts.specs[0]
+    if any((s.widths, s.lora, s.rank) != (spec.widths, spec.lora, spec.rank) for s in parts.specs):
+        raise ValueError("the decoder layers differ in shape or in adapted projections")
+    return _blocks(spec, len(parts.specs))
 
 
 def pack_lora(model: nn.Module, values: dict[str, mx.array] | None = None) -> mx.array:
     """Return ``values`` (the model's own LoRA parameters, if None) as one float32 vector."""
-    values = lora_parameters(model) if values is None else values
-    blocks = {}
-    for name, start, _, _ in _places(decoder(model)):
-        blocks.setdefault(start, []).append(values[name])
-    return mx.concatenate([mx.concatenate(b, axis=1).reshape(-1) for b in blocks.values()]).astype(mx.float32)
+    values, parts = lora_parameters(model) if values is None else values, decoder(model)
+    pieces = []
+    for block in _layout(parts):
+        for names in parts.names:
+            matrices = [values[f"{names[name]}.{block.part}"] for name in block.of]
+            pieces.append(mx.concatenate(matrices, axis=1).reshape(-1))
+    return mx.concatenate(pieces).astype(mx.float32)
 
 
 def unpack_lora(model: nn.Module, vector: mx.array) -> dict[str, mx.array]:
     """Return the matrices of a packed vector by parameter name, as in `lora_parameters`."""
-    return {
-        name: vector[start : start + shape[0] * shape[1]].reshape(shape)[:, columns]
-        for name, start, shape, columns in _places(decoder(model))
-    }
+    parts, values = decoder(model), {}
+    for block in _layout(parts):
+        for names, held in zip(parts.names, block.take(vector), strict=True):
+            for name, matrix in zip(block.of, mx.split(held, len(block.of), axis=1), strict=True):
+                values[f"{names[name]}.{block.part}"] = matrix
+    return {name: values[name] for name in lora_parameters(model)}
 
 
 # -- loss and gradients -----------------------------------------------------------------------------------------------
@@ -182,18 +208,19 @@ def packed_loss_and_grads(
     parts = decoder(model)
     queue = _Queue()
     x, kept, noise, lora = _run_forward(parts, batch, vector, "inputs" if checkpointing else "all", seed, queue)
-    loss, dx = _head(parts.head_packing, parts.eps, True)(x, parts.norm, parts.head, batch.labels, batch.weights)
+    loss, dx = _head(parts, x, batch, queue, True)
+    del x
     queue.push(loss, dx)
-    new = [None] * len(parts.specs)
     last = len(parts.specs) - 1
+    new = [None] * (last + 1)
     for i in range(last, -1, -1):
         spec = parts.specs[i]
         fused = layer.fused_backward(dx.dtype, spec.head_dim, batch.shape[1])
         run = layer.backward(spec, fused, i > 0)
         targets = batch.targets if i == last else None
-        dx, new[i] = run(dx, kept.pop(), parts.frozen[i], lora[i], batch.rope, noise[i], batch.rows, targets)
-        queue.push(dx, *(new[i] or ()))
-    total = mx.concatenate([g[half] for half in (0, 1) for g in new if g is not None])
+        dx, new[i] = run(dx, kept.pop(), parts.grouped[i], lora[i], batch.rope, noise[i], batch.rows, targets)
+        queue.push(dx, *(array for pair in new[i] for array in pair))
+    total = _join_grads(parts, new)
     return loss, batch.n_tokens, total if grads is None else grads + total
 
 
@@ -207,15 +234,15 @@ def loss_only(model: nn.Module, batch: Batch, vector: mx.array | None = None) ->
         vector = pack_lora(model)
     queue = _Queue()
     x = _run_forward(parts, batch, vector, "nothing", None, queue)[0]
-    return _head(parts.head_packing, parts.eps, False)(x, parts.norm, parts.head, batch.labels, batch.weights), batch.n_tokens
+    return _head(parts, x, batch, queue, False)[0], batch.n_tokens
 
 
 class _Queue:
     """Keeps the device busy without letting the host run ahead of it.
 
-    Buffers of queued work are all allocated at once. Unbounded, the host queues a whole backward pass and the peak
-    grows by every layer's temporaries (22 GB in place of 12 on the 4B model); waiting for each layer leaves the device
-    idle while Python prepares the next. Two layers in flight do neither.
+    A buffer of queued work is allocated when it is queued and freed when the device is done. Unbounded, the host queues
+    a whole backward pass and the peak grows by every layer's temporaries (30 GB in place of 17 for the 4B model);
+    without a queue the device idles while Python prepares the next layer.
     """
 
     def __init__(self):
@@ -237,7 +264,7 @@ def _run_forward(parts, batch, vector, keep, seed, queue):
     kept = []
     for i, spec in enumerate(parts.specs):
         targets = batch.targets if i == len(parts.specs) - 1 else None
-        x, held = layer.forward(spec, keep)(x, parts.frozen[i], lora[i], batch.rope, noise[i], batch.rows, targets)
+        x, held = layer.forward(spec, keep)(x, parts.grouped[i], lora[i], batch.rope, noise[i], batch.rows, targets)
         if i < len(batch.deepstack):
             x = x + (batch.deepstack[i] if targets is None else batch.deepstack[i][targets])
         kept.append(held)
@@ -245,73 +272,114 @@ def _run_forward(parts, batch, vector, keep, seed, queue):
     return x, kept, noise, lora
 
 
-def _split_lora(parts: Decoder, vector: mx.array | None, dtype: mx.Dtype) -> list[tuple]:
-    """Cut the vector into each layer's (A times the LoRA scale, B), in the compute dtype.
+def _split_lora(parts: Decoder, vector: mx.array | None, dtype: mx.Dtype) -> list[list[tuple]]:
+    """Cut the vector into each layer's [(A times the LoRA scale, B blocks) of each group], in the compute dtype.
 
-    Float32 matrices would promote every activation that they meet.
+    Float32 matrices would promote every activation that they meet. All layers at once: a kernel for each kind of
+    matrix instead of one for each matrix.
     """
-    sizes = [[sum(s.shape[0] * s.shape[1] for s in half) for half in layer.slots(spec)] for spec in parts.specs]
-    if vector is None:
-        return [()] * len(sizes)
-    n_a = sum(a for a, _ in sizes)
-    scale = next(spec.lora_scale for spec in parts.specs if spec.lora)
-    a, b = (vector[:n_a] * scale).astype(dtype), vector[n_a:].astype(dtype)
-    at = np.cumsum([(0, 0), *sizes], axis=0).tolist()
-    return [(a[s:e], b[t:f]) for (s, t), (e, f) in zip(at, at[1:], strict=False)]
+    layout = _layout(parts) if vector is not None else ()
+    if not layout:
+        return [[] for _ in parts.specs]
+    spec, n_a = parts.specs[0], max(block.stop for block in layout if block.part == "lora_a")
+    cast = mx.concatenate([(vector[:n_a] * spec.lora_scale).astype(dtype), vector[n_a:].astype(dtype)])
+    a = {block.of: block.take(cast) for block in layout if block.part == "lora_a"}
+    b = {block.of[0]: block.take(cast) for block in layout if block.part == "lora_b"}
+    groups = []
+    for group in layer.adapted(spec):
+        width, places = layer.columns(spec, group)
+        names = layer.members(spec, group)
+        rows = [mx.pad(b[name], [(0, 0), (0, 0), (places[name][0], width - places[name][1])]) for name in names]
+        groups.append((a[tuple(names)], rows[0] if len(rows) == 1 else mx.concatenate(rows, axis=1)))
+    return [[(a[i], b[i]) for a, b in groups] for i in range(len(parts.specs))]
+
+
+def _join_grads(parts: Decoder, layers: list[list[tuple]]) -> mx.array:
+    """Return the vector of each layer's [(A, B blocks) gradients of each group], float32, with the LoRA scale on A."""
+    spec, a, b = parts.specs[0], [], []
+    for g, group in enumerate(layer.adapted(spec)):
+        a.append(mx.stack([pairs[g][0] for pairs in layers]).reshape(-1))
+        blocks = mx.stack([pairs[g][1] for pairs in layers])
+        for i, name in enumerate(layer.members(spec, group)):
+            start, stop = layer.columns(spec, group)[1][name]
+            b.append(blocks[:, i * spec.rank : (i + 1) * spec.rank, start:stop].reshape(-1))
+    return mx.concatenate(
+        [mx.concatenate(a).astype(mx.float32) * spec.lora_scale, mx.concatenate(b).astype(mx.float32)]
+    )
 
 
 # -- the output head --------------------------------------------------------------------------------------------------
 
 
-@lru_cache
-def _head(packing: Packing | None, eps: float, with_grad: bool):
-    return mx.compile(partial(_head_loss, packing, eps, with_grad))
-
-
-def _head_loss(packing, eps, with_grad, x, norm, head, labels, weights):
+def _head(
+    parts: Decoder, x: mx.array, batch: Batch, queue: _Queue, with_grad: bool
+) -> tuple[mx.array, mx.array | None]:
     """Return the weighted sum of cross-entropies of x [R, D], and its gradient in x.
 
     The gradient of the logits is formed at once, so the head is multiplied twice, not three times, and never gets a
-    gradient. Blocks of rows and of vocabulary bound the memory to the bfloat16 logits of ROW_CHUNK rows.
+    gradient. Blocks of rows and of vocabulary bound the memory to the logits of ROW_CHUNK rows, in x's dtype; a
+    quantized head is unpacked block by block.
     """
-    n = mx.fast.rms_norm(x, norm, eps)
-    loss, dn = mx.array(0.0), []
+    n = mx.fast.rms_norm(x, parts.norm, parts.eps)
+    loss, gradients = mx.array(0.0), []
     for start in range(0, len(x), ROW_CHUNK):
-        stop = min(start + ROW_CHUNK, len(x))
-        part, label, weight = n[start:stop], labels[start:stop], weights[start:stop]
-        loss, d = _head_rows(packing, with_grad, loss, part, head, label, weight)
-        dn.append(d)
-    if not with_grad:
-        return loss
-    dn = mx.concatenate(dn)
-    return loss, layer._norm_vjp(x, norm, eps, dn)
-
-
-def _head_rows(packing, with_grad, loss, n, head, labels, weights):
-    vocabulary = head[0].shape[0]
-    blocks, sums, target = [], [], 0
-    for start in range(0, vocabulary, VOCAB_CHUNK):
-        stop = min(start + VOCAB_CHUNK, vocabulary)
-        w = layer.matrix(tuple(m[start:stop] for m in head), packing, n.dtype)
-        logits = n @ w.T
-        inside = (labels >= start) & (labels < stop)
-        local = mx.where(inside, labels - start, 0)
-        picked = mx.take_along_axis(logits, local[:, None], axis=1)[:, 0].astype(mx.float32)
-        # The fused cross-entropy accumulates in float32; its log-sum-exp is what is wanted here.
-        sums.append(_cross_entropy(logits, local) + picked)
-        target = target + mx.where(inside, picked, 0)
-        blocks.append((logits, w, local, inside))
-    lse = mx.logsumexp(mx.stack(sums), axis=0)
-    loss = loss + ((lse - target) * weights).sum()
+        cut = slice(start, start + ROW_CHUNK)
+        part, d = _head_rows(parts, n[cut], batch.labels[cut], batch.weights[cut], queue, with_grad)
+        loss = loss + part
+        gradients.append(d)
     if not with_grad:
         return loss, None
-    dn = None
-    for logits, w, local, inside in blocks:
-        hit = (mx.arange(logits.shape[1])[None] == local[:, None]) & inside[:, None]
-        d = (mx.exp(logits.astype(mx.float32) - lse[:, None]) - hit) * weights[:, None]
-        d = d.astype(n.dtype)
-        dn = d @ w if dn is None else mx.addmm(dn, d, w)
+    dn = gradients[0] if len(gradients) == 1 else mx.concatenate(gradients)
+    return loss, kernels.norm_vjp(x, parts.norm, parts.eps, dn)
+
+
+def _head_rows(parts, n, labels, weights, queue, with_grad):
+    blocks, sums, target = [], [], mx.zeros(labels.shape)
+    for start in range(0, parts.head[0].shape[0], VOCAB_CHUNK):
+        w = tuple(m[start : start + VOCAB_CHUNK] for m in parts.head)
+        local = labels - start
+        logits, total, target = _logits(parts.head_packing)(n, w, local, target)
+        sums.append(total)
+        blocks.append((logits, w, local))
+        queue.push(logits, total, target)
+    lse = mx.logsumexp(mx.stack(sums), axis=0)
+    loss = ((lse - target) * weights).sum()
+    if not with_grad:
+        return loss, None
+    dn = mx.zeros_like(n)
+    while blocks:
+        logits, w, local = blocks.pop()
+        dn = _logits_vjp(parts.head_packing)(dn, logits, w, local, lse, weights)
+        del logits
+        queue.push(dn)
     return loss, dn
+
+
+@lru_cache
+def _logits(packing: Packing | None):
+    """Return f(n [R, D], block of the head, labels - its start, target [R]) -> (logits, log-sum-exp, target logits)."""
+
+    def f(n, w, local, target):
+        logits = n @ layer.matrix(w, packing, n.dtype).T
+        inside = (local >= 0) & (local < logits.shape[1])
+        safe = mx.where(inside, local, 0)
+        picked = mx.take_along_axis(logits, safe[:, None], axis=1)[:, 0].astype(mx.float32)
+        # The fused cross-entropy accumulates in float32; its log-sum-exp is what is wanted here.
+        return logits, _cross_entropy(logits, safe) + picked, target + mx.where(inside, picked, 0)
+
+    return mx.compile(f)
+
+
+@lru_cache
+def _logits_vjp(packing: Packing | None):
+    """Return f(dn, logits, block of the head, labels - its start, log-sum-exp, weights) -> dn plus the block's part."""
+
+    def f(dn, logits, w, local, lse, weights):
+        hit = mx.arange(logits.shape[1])[None] == local[:, None]
+        d = (mx.exp(logits.astype(mx.float32) - lse[:, None]) - hit) * weights[:, None]
+        return mx.addmm(dn, d.astype(dn.dtype), layer.matrix(w, packing, dn.dtype))
+
+    return mx.compile(f)
 
 
 def _cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:

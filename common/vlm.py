@@ -38,6 +38,9 @@ TARGET_MODULES = (
     "mlp.down_proj",
 )
 
+# Projections that share an input: one product with W, one with their A matrices, one dropout mask.
+GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+
 
 # -- the base ---------------------------------------------------------------------------------------------------------
 
@@ -68,6 +71,7 @@ def load_base(name_or_path: str | Path) -> Base:
         raise UserError(f"{name}: the model cannot be loaded: {_first_line(error)}") from error
     model.freeze()
     model.eval()
+    group_weights(model)
     return Base(model, processor, config, path, name)
 
 
@@ -332,6 +336,7 @@ class LayerSpec:
     head_dim: int
     eps: float
     packing: tuple[tuple[str, Packing | None], ...]  # per projection
+    grouped: tuple[tuple[str, tuple[Packing | None, ...]], ...]  # per group: of each matrix that it is stored as
     widths: tuple[tuple[str, tuple[int, int]], ...]  # per projection: inputs, outputs
     lora: tuple[str, ...]  # the projections that have an adapter
     rank: int
@@ -345,6 +350,7 @@ class Decoder:
 
     specs: list[LayerSpec]
     frozen: list[dict]  # {"input_norm": [D], ..., "q": (weight,) or (weight, scales, biases), ...}
+    grouped: list[dict]  # {"input_norm": [D], ..., "qkv": [matrices stored like "q", to be stacked], ...}
     lora: list[dict]  # {"q": (lora_a [in, r], lora_b [r, out]), ...}
     names: list[dict]  # {"q": full module name, ...} of the adapted projections
     norm: mx.array  # [D]
@@ -362,8 +368,8 @@ def decoder(model: nn.Module) -> Decoder:
     """Return the language model's arrays as they stand now: with the adapter if it is on, else the base's alone."""
     adapter = adapter_of(model)
     text = model.language_model.model
-    specs, frozen, lora, names = [], [], [], []
-    for i, layer in enumerate(text.layers):
+    specs, frozen, grouped, lora, names = [], [], [], [], []
+    for i, (layer, groups) in enumerate(zip(text.layers, group_weights(model), strict=True)):
         attention = layer.self_attn
         arrays = {
             "input_norm": layer.input_layernorm.weight,
@@ -388,6 +394,7 @@ def decoder(model: nn.Module) -> Decoder:
                 attention.head_dim,
                 text.args.rms_norm_eps,
                 tuple(packing),
+                tuple((group, tuple(how for _, how in stored)) for group, stored in groups.items()),
                 tuple(widths),
                 tuple(pairs),
                 adapter.rank if pairs else 0,
@@ -396,15 +403,56 @@ def decoder(model: nn.Module) -> Decoder:
             )
         )
         frozen.append(arrays)
+        norms = {name: array for name, array in arrays.items() if name.endswith("norm")}
+        grouped.append({**norms, **{group: [parts for parts, _ in stored] for group, stored in groups.items()}})
         lora.append(pairs)
         names.append(full)
     tied = model.language_model.args.tie_word_embeddings
     head, head_packing = _matrix(text.embed_tokens if tied else model.language_model.lm_head)
     rotary = text.layers[0].self_attn.rotary_emb
     return Decoder(
-        specs, frozen, lora, names, text.norm.weight, text.args.rms_norm_eps, head, head_packing,
+        specs, frozen, grouped, lora, names, text.norm.weight, text.args.rms_norm_eps, head, head_packing,
         text.embed_tokens, rotary,
     )  # fmt: skip
+
+
+def group_weights(model: nn.Module) -> list[dict]:
+    """Store the matrices of each group in `GROUPS` one below the other; return them, by layer and group.
+
+    The modules' own weights become views of the stacked ones, so that nothing is held twice and the plain model works
+    as before. Projections quantized in different ways stay apart. Done once; again if a module's weight was replaced.
+    """
+    found = getattr(model, "_groups", None) or [{} for _ in model.layers]
+    for layer, groups in zip(model.layers, found, strict=True):
+        for group, names in GROUPS.items():
+            modules = [_bare(_child(layer, name)) for name, short in _SHORT.items() if short in names]
+            stored = [_matrix(module) for module in modules]
+            held = groups.get(group)
+            if held is None or any(m.weight is not view for m, view in zip(modules, held[1], strict=True)):
+                if len({how for _, how in stored}) == 1 and len(stored) > 1:
+                    stored = [(_stack(modules), stored[0][1])]
+                groups[group] = stored, [module.weight for module in modules]
+    object.__setattr__(model, "_groups", found)
+    return [{group: stored for group, (stored, _) in groups.items()} for groups in found]
+
+
+def _stack(modules: list[nn.Module]) -> tuple:
+    stacked = []
+    for key in ("weight", "scales", "biases"):
+        parts = [module[key] for module in modules if module.get(key) is not None]
+        if parts:
+            whole, ends = mx.concatenate(parts), np.cumsum([len(part) for part in parts]).tolist()
+            mx.eval(whole)  # before the views, or each of them would compute it for itself
+            views = [whole[end - len(part) : end] for part, end in zip(parts, ends, strict=True)]
+            mx.eval(views)
+            for module, view in zip(modules, views, strict=True):
+                module[key] = view
+            stacked.append(whole)
+    return tuple(stacked)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    return module.linear if isinstance(module, LoRALinear) else module
 
 
 def _matrix(module: nn.Module) -> tuple[tuple, Packing | None]:
