@@ -307,7 +307,7 @@ def _column(arm: str, analysis: dict | None, output: dict | None, reference: dic
         "label": NAMES[arm],
         "readable": bool(analysis),
         "strict": output["verdict"]["strict"] if output else None,
-        "failures": [judge.FAILURES[name] for name in output["verdict"]["failures"]] if output else [],
+        "failures": [name.replace("_", " ") for name in output["verdict"]["failures"]] if output else [],
         "problems": problems,
         "raw": output["text"] if output else "",
         "tokens": output["tokens"] if output else None,
