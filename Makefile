@@ -41,7 +41,7 @@ SAMPLE := $(wildcard tests/sample/*.py)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup link prepare train plan eval iterate promote rollback versions demo test lint clean FORCE
+.PHONY: help setup link prepare train plan eval iterate promote rollback versions demo test acceptance lint clean FORCE
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value ...]"; echo; echo "Targets"
@@ -95,6 +95,9 @@ $(DEMO)/base/model.safetensors: $(DEMO)/mondrian/mondrian.db $(SAMPLE) | $(READY
 
 test: $(READY) ## run the tests
 	$(RUN) -m pytest
+
+acceptance: $(READY) ## hold link and prepare against a real tree (MONDRIAN=...) by independent counts
+	MONDRIAN="$(MONDRIAN)" $(RUN) -m pytest tests/acceptance
 
 lint: $(READY) ## check style and formatting with ruff
 	$(VENV)/bin/ruff check .
