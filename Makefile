@@ -136,5 +136,5 @@ $(call escape,$(TRAIN)): $(call escape,$(MANIFEST)) $(call escape,$(DATA))/.prep
 	$(RUN) prepare_training_data.py --advisor "$(ADVISOR)" --manifest "$(MANIFEST)" --output_dir "$(DATA)" $(PREPARE_ARGS)
 
 $(call escape,$(ADAPTER))/.trained: $(call escape,$(TRAIN))
-	$(LAUNCH) train_mlx_lora.py $(TRAINING) $(TRAIN_ARGS)
+	$(LAUNCH) train_mlx_lora.py $(TRAINING) --resume $(TRAIN_ARGS)
 	@touch "$@"
