@@ -353,6 +353,10 @@ class Source:
     version: str
     sha256: tuple = ()  # ((file name, hex), ...)
 
+    def __post_init__(self):
+        # it goes into a response header
+        object.__setattr__(self, "version", re.sub(r"[^ -~]", "?", self.version)[:80])
+
     @property
     def path(self) -> str:
         if len(self.parts) == 1 and self.parts[0][1] == 1.0:
@@ -1197,6 +1201,10 @@ class Service:
     # a request
 
     def choose(self, job_id: str | None, advisor: str | None, override: str | None) -> Job:
+        if isinstance(advisor, dict):
+            advisor = advisor.get("id")
+        elif isinstance(advisor, list | tuple) and len(advisor) == 1:
+            advisor = advisor[0]
         advisor = str(advisor).strip().lower() if advisor else None
         adapter = self.table.get(advisor) or self.table.get(EVERYONE)
         job = Job(str(job_id) if job_id else None, advisor, "base", adapter)
@@ -1239,7 +1247,7 @@ class Service:
                         if error is not None:
                             raise error
                         return result
-                    say(logging.WARNING, f"job {job.id}: {job.version} gave {problem}; the base answers instead")
+                    say(logging.WARNING, f"job {job.id!r}: {job.version} gave {problem}; the base answers instead")
                     job.fallback = True
                     if job.in_test:  # the arms of a test see the same photograph
                         return self.run(call, None)[0]
@@ -1642,7 +1650,12 @@ def start(app, get_model=None, db_path=None):
         _service.begin()
         _service.fit(_service.table)  # before the model is loaded: a refusal need not wait for gigabytes
         if _service.table and _service.model is None and get_model is not None:
-            get_model()
+            try:
+                get_model()
+            except LoraError:
+                raise
+            except Exception as error:  # the service would say so with its first request
+                raise LoraError(f"{_service.base_name}: cannot be loaded ({_one_line(error)})") from error
     except LoraError as error:
         if _service.mode == "fine_tuned":
             sys.exit(f"lora_patch: {error}")
@@ -1702,10 +1715,10 @@ def _after_request(response):
 
 
 def _refused():
-    """Return a 403 unless the request comes straight from this machine."""
+    """Return a 403 unless the request comes straight from this machine, and not from a web page in its browser."""
     flask = sys.modules["flask"]
     address = (flask.request.remote_addr or "").removeprefix("::ffff:")
-    forwarded = any(name in flask.request.headers for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"))
+    forwarded = any(name in flask.request.headers for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP", "Origin"))
     if forwarded or not (address == "::1" or address.startswith("127.")):
         return flask.jsonify(error="only from the machine that the service runs on"), 403
     return None
@@ -2336,6 +2349,13 @@ class Installer:
         import ast
 
         names = self.mlx_names({"generate", "stream_generate"})
+        names |= {  # ask = mlx_vlm.generate
+            target.id
+            for node in self.walk(ast.Assign)
+            if self.file.source(node.value).replace(" ", "") in names
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
         self.asking = [  # calls, and mentions such as executor.submit(generate, ...)
             node
             for node in self.walk(ast.Name | ast.Attribute)
@@ -2429,19 +2449,27 @@ class Installer:
                 return
             statement = block[index]
             advisor = self.variable(view, statement.lineno, "advisor")
-            if advisor is not None or isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            local = isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            loops = any(
+                isinstance(node, ast.For) and "advisor" in self.file.source(node.iter) and self.leads(node, names)
+                for node in ast.walk(statement)
+            )
+            if local or (advisor is not None and not loops):
                 break
             inner = [b for b in self.blocks(statement) if any(self.leads(s, names) for s in b)]
             if not inner:
                 break
             block = inner[0]
         job_id = self.variable(view, statement.lineno, "job")
-        if advisor is None:
+        texts = {node.value for node in ast.walk(view) if isinstance(node, ast.Constant)}
+        if advisor is None and not texts & {"advisor", "advisor_id"}:  # those the request is asked for at run time
             self.problem(statement, f"which variable of {view.name} holds the advisor is not clear", "choose")
             return
+        if advisor is None:
+            self.notes.append(f"{view.name} has no variable with the advisor: the request's field is used")
         if job_id is None:
             self.notes.append(f"{view.name} has no variable with the job's id: the request's field job_id is used")
-        values = ([f"job_id={job_id}"] if job_id else []) + [f"advisor={advisor}"]
+        values = [f"{name}={value}" for name, value in (("job_id", job_id), ("advisor", advisor)) if value]
         if not self.line_before("choose", statement, f"lora_patch.choose({', '.join(values)})"):
             self.problem(statement, "shares its line with other code", "choose")
 
@@ -2462,11 +2490,11 @@ class Installer:
     def variable(self, view, before: int, kind: str) -> str | None:
         """Return the view's variable for the advisor ("advisor") or the job's id ("job"), set above line ``before``.
 
-        First choice: what is read from a request field of that name; then a parameter or variable of that name.
+        That is what is read from a request field of that name, or a parameter, variable or loop's target so called.
         """
         import ast
 
-        fields = {"advisor": ("advisor", "advisorid", "advisors"), "job": ("jobid", "xjobid", "analysisid")}[kind]
+        fields = {"advisor": ("advisor", "advisorid"), "job": ("jobid", "xjobid", "analysisid")}[kind]
         read, named = None, None
         parameters = [a.arg for a in (*view.args.posonlyargs, *view.args.args, *view.args.kwonlyargs)]
         for name in parameters:
@@ -2479,25 +2507,46 @@ class Installer:
                 isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None and node.end_lineno < before
             ):
                 pairs = [(node.target, node.value)]
-            elif isinstance(node, ast.For) and node.lineno < before:
+            elif isinstance(node, ast.For) and node.lineno < before <= node.end_lineno:
                 pairs = [(node.target, node.iter)]
+                if kind == "advisor" and isinstance(node.target, ast.Name) and "advisor" in self.file.source(node.iter):
+                    named, read = node.target.id, None  # for one in request.form["advisors"].split(",")
             else:
                 continue
             if self.file.function(node) is not view:
                 continue
             for target, value in pairs:
-                constants = [
-                    c.value for c in ast.walk(value) if isinstance(c, ast.Constant) and isinstance(c.value, str)
-                ]
                 if isinstance(target, ast.Name):
-                    if any(re.sub(r"[_-]", "", text).lower() in fields for text in constants):
+                    if self.is_field(value, fields):
                         read = read or target.id
                     if target.id.replace("_", "").lower() in fields:
                         named = target.id
                 for element in target.elts if isinstance(target, ast.Tuple) else []:
                     if isinstance(element, ast.Name) and element.id.replace("_", "").lower() in fields:
                         named = element.id
-        return named or read
+        # a field of the request is an advisor's id for sure; of the job's id the view may have made one itself
+        return (read or named) if kind == "advisor" else (named or read)
+
+    def is_field(self, value, fields: tuple[str, ...]) -> bool:
+        """Tell whether a value is a request's field of one of these names, as it is or tidied (.lower())."""
+        import ast
+
+        if isinstance(value, ast.BoolOp):
+            return self.is_field(value.values[0], fields)
+        if isinstance(value, ast.IfExp):
+            return self.is_field(value.body, fields)
+        key = None
+        if isinstance(value, ast.Subscript):
+            key = value.slice
+        elif isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+            if value.func.attr in ("get", "pop"):
+                key = value.args[0] if value.args else None
+            elif value.func.attr in ("lower", "strip", "casefold", "replace"):
+                return self.is_field(value.func.value, fields)
+        elif isinstance(value, ast.Call) and self.file.source(value.func) == "str" and value.args:
+            return self.is_field(value.args[0], fields)
+        text = key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else ""
+        return re.sub(r"[_-]", "", text).lower() in fields
 
     @staticmethod
     def pairs(target, value) -> list[tuple]:

@@ -210,10 +210,45 @@ SHAPES = {
     "several advisors in a loop": (
         changed(
             "        response = run_model_mlx(prompt, image_path=str(image_path))",
-            "        for advisor_id in advisor.split(','):\n"
+            "        for one in advisor.split(','):\n"
             "            response = run_model_mlx(prompt, image_path=str(image_path))",
         ),
-        "lora_patch.choose(job_id=job_id, advisor=advisor)",
+        "            lora_patch.choose(job_id=job_id, advisor=one)\n            response = run_model_mlx",
+    ),
+    "a list of advisors": (
+        changed('advisor = request.form.get("advisor", "ansel")', 'advisors = request.form.getlist("advisors")')
+        .replace("if advisor not in ADVISORS:", "if not advisors:")
+        .replace("    try:\n        rag_context", "    for advisor in advisors:\n        rag_context")
+        .replace(
+            "    except Exception as error:\n        logger.exception",
+            "    if not advisors:\n        error = None\n        logger.error",
+        ),
+        "        lora_patch.choose(job_id=job_id, advisor=advisor)\n        response = run_model_mlx",
+    ),
+    "a row of the advisor": (
+        changed(
+            '    mode = request.form.get("mode", "baseline")\n',
+            '    mode = request.form.get("mode", "baseline")\n    who = advisor\n    advisor_row = {"id": who}\n',
+        )
+        .replace(
+            'advisor = request.form.get("advisor", "ansel")', 'wanted = request.form.get("advisor", "ansel").strip()'
+        )
+        .replace("who = advisor", "advisor = {'id': wanted}")
+        .replace("if advisor not in", "if wanted not in"),
+        "lora_patch.choose(job_id=job_id, advisor=wanted)",
+    ),
+    "no variable of its own": (
+        changed('advisor = request.form.get("advisor", "ansel")', "pass")
+        .replace("advisor not in ADVISORS", 'request.form["advisor"] not in ADVISORS')
+        .replace("advisor=advisor, mode", 'advisor=request.form["advisor"], mode')
+        .replace("build_full_prompt(advisor, rag_context)", 'build_full_prompt(request.form["advisor"], rag_context)'),
+        "    lora_patch.choose(job_id=job_id)\n",
+    ),
+    "a name for the function": (
+        changed("    with _generation_lock:\n", "    ask = mlx_vlm.generate\n    with _generation_lock:\n").replace(
+            "output = mlx_vlm.generate(", "output = ask("
+        ),
+        "output = lora_patch.generation(ask)(",
     ),
     "annotated": (
         changed("model, processor = get_mlx_model()", "model, processor = get_mlx_model(); tokens: int = 5"),

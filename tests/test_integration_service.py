@@ -190,6 +190,7 @@ def test_a_refused_reload_changes_nothing(service, photos, offline, models):
 def test_only_this_machine_may_reload(service):
     assert service.post("/lora/reload", {"X-Forwarded-For": "203.0.113.7"})[0] == 403
     assert service.post("/lora/rearm", {"X-Forwarded-For": "203.0.113.7"})[0] == 403
+    assert service.post("/lora/reload", {"Origin": "https://example.com"})[0] == 403  # a web page in a browser here
     assert service.post("/lora/rearm")[0] == 200
 
 
