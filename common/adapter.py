@@ -135,7 +135,8 @@ def _by_mlx_name(path: Path, is_peft: bool) -> dict[str, mx.array]:
 
 def _same(one: dict[str, mx.array], other: dict[str, mx.array]) -> bool:
     return one.keys() == other.keys() and all(
-        one[name].shape == other[name].shape and bool(mx.array_equal(one[name], other[name])) for name in one
+        one[name].shape == other[name].shape and bool(mx.array_equal(one[name], other[name], equal_nan=True))
+        for name in one
     )
 
 

@@ -472,7 +472,7 @@ def build_adapter(base: Base, tensors: dict[str, mx.array], rank: int, alpha: fl
     """Make the LoRA modules of a trained adapter without placing them; any number may exist over one base.
 
     ``tensors`` as `common.adapter.read_adapter` gives them: lora_a [in, r] and lora_b [r, out] by MLX name. Raises
-    `UserError` naming every module that the base lacks or whose shape differs.
+    `UserError` naming every module that the base lacks, whose shape differs or whose values are no numbers.
     """
     plain = {name: m for name, m in _plain_modules(base.model).items() if f"{name}.lora_a" in tensors}
     names = {name.rpartition(".")[0] for name in tensors}
@@ -484,6 +484,8 @@ def build_adapter(base: Base, tensors: dict[str, mx.array], rank: int, alpha: fl
             found, wanted = tensors[f"{name}.{part}"], module[part].shape
             if found.shape != wanted:
                 problems.append(f"{name}.{part}: shape {found.shape}, the base needs {wanted}")
+            if not mx.isfinite(found).all():
+                problems.append(f"{name}.{part}: holds NaN or infinite values; the training run went wrong")
             module[part] = found
         module.freeze()
         module.train(False)
