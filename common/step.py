@@ -367,7 +367,7 @@ def _logits(packing: Packing | None):
         # The fused cross-entropy accumulates in float32; its log-sum-exp is what is wanted here.
         return logits, _cross_entropy(logits, safe) + picked, target + mx.where(inside, picked, 0)
 
-    return mx.compile(f)
+    return layer.compiled(f)
 
 
 @lru_cache
@@ -379,7 +379,7 @@ def _logits_vjp(packing: Packing | None):
         d = (mx.exp(logits.astype(mx.float32) - lse[:, None]) - hit) * weights[:, None]
         return mx.addmm(dn, d.astype(dn.dtype), layer.matrix(w, packing, dn.dtype))
 
-    return mx.compile(f)
+    return layer.compiled(f)
 
 
 def _cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
