@@ -233,7 +233,7 @@ class Work:
         for candidate, found in zip(self.candidates, self.crowd.verdicts(self._indices(groups)), strict=True):
             candidate.verdicts |= found
         self.copied = copied_sentence(self.candidates)
-        self.findings = findings_of(self.candidates)
+        self.findings = findings_of(self.candidates, self.target.dimensions)
         apply_gates(self.candidates, self.levels)
         groups, left_out = settle(groups, self.record.sides, lambda a, b: are_near(thumbs[a], thumbs[b], radius))
         for candidate in self.candidates:
@@ -445,14 +445,16 @@ class Work:
             (len(train), "training"),
             (len(val), "validation"),
         ]
-        numbers = range(11)
         longest = max(self.lengths["longest"], self.lengths["max_seq_length"])
-        step = max(1, -(-longest * 11 // 10 // 20))
+        step = next(n * 10**k for k in range(1, 9) for n in (1, 2, 5) if n * 10**k * 20 > longest)
         dimensions = [
             (
                 name,
                 histogram(
-                    *([c.scores[i] for c in side] for side in (train, val)), [n - 0.5 for n in range(12)], height=110
+                    *([c.scores[i] for c in side] for side in (train, val)),
+                    [n - 0.5 for n in range(12)],
+                    height=90,
+                    width=250,
                 ),
             )
             for i, name in enumerate(self.target.dimensions)
@@ -476,7 +478,7 @@ class Work:
                 self.lengths["max_seq_length"],
             ),
             "lengths": self.lengths,
-            "dimension_charts": dimensions if numbers else [],
+            "dimension_charts": dimensions,
             "gates": [
                 {"name": name, "meaning": GATES[name].meaning, "ids": ", ".join(gate["job_ids"][:6]), **gate}
                 for name, gate in self.gates.items()

@@ -8,6 +8,7 @@ The canonical keys, in order, are `KEYS`; a dimension's are `DIMENSION_KEYS`. No
 source lacks stays absent.
 """
 
+import functools
 import json
 import math
 import re
@@ -61,6 +62,7 @@ class AnalysisError(ValueError):
 # ------------------------------------------------------------------------------------------------ names and numbers
 
 
+@functools.lru_cache(4096)
 def _squeezed(name: str) -> str:
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower().replace("colour", "color")
     return "".join(word for word in re.findall(r"[a-z]+", words) if word != "and")
@@ -116,11 +118,18 @@ def canonical(value: dict) -> tuple[dict, list[str]]:
                 mends.append("list_from_text")
     if text := _text(value.get("technical_notes")):
         analysis["technical_notes"] = text
-    written = json.dumps(analysis, ensure_ascii=False)
-    if "\\u00" in written or "\x7f" in written:  # how JSON writes control characters; lines and tabs are \n and \t
+    if any(not text.isprintable() and _CONTROL.search(text) for text in texts_of(analysis)):
         analysis = _without_control_characters(analysis)
         mends.append("control_characters")
     return analysis, list(dict.fromkeys(mends))
+
+
+def texts_of(analysis: dict) -> list[str]:
+    """Return every text of a canonical analysis, names of dimensions included."""
+    texts = [analysis[key] for key in ("image_description", "technical_notes") if key in analysis]
+    for dimension in analysis["dimensions"]:
+        texts += [dimension[key] for key in ("name", "comment", "recommendation") if key in dimension]
+    return texts + analysis.get("key_strengths", []) + analysis.get("priority_improvements", [])
 
 
 def _without_control_characters(value: Any) -> Any:

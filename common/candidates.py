@@ -68,7 +68,10 @@ class Manifest:
             yield from self._checked(enumerate(enumerate(self._rows), start=1))
             return
         size = self.path.stat().st_size
-        with self._open() as file, tqdm(total=size, desc=label, unit="B", unit_scale=True, leave=False) as bar:
+        with (
+            self._open() as file,
+            tqdm(total=size, desc=label, unit="B", unit_scale=True, leave=False, disable=None) as bar,
+        ):
             yield from self._checked(self._lines(file, bar))
 
     @staticmethod
@@ -199,7 +202,7 @@ def apply_gates(candidates: list[Candidate], levels: dict[str, str]) -> None:
 
 
 def keep_newest(candidates: list[Candidate], groups: list[int]) -> None:
-    """Of the analyses of one photograph keep the newest that passes all gates, else the newest that none rejects."""
+    """Of the analyses of one photograph keep the newest that passes all gates, else the newest with fewest warnings."""
     best: dict[int, Candidate] = {}
     for candidate, group in zip(candidates, groups, strict=True):
         if candidate.reason:
@@ -212,8 +215,8 @@ def keep_newest(candidates: list[Candidate], groups: list[int]) -> None:
             candidate.reason, candidate.detail = "other_kept", f"job {best[group].job_id} is kept for this photograph"
 
 
-def _preference(candidate: Candidate) -> tuple[bool, str]:
-    return not candidate.verdicts, candidate.made
+def _preference(candidate: Candidate) -> tuple[int, str]:
+    return -len(candidate.verdicts), candidate.made
 
 
 def tallies(candidates: list[Candidate], levels: dict[str, str]) -> dict[str, dict]:

@@ -71,14 +71,19 @@ def _spread(items: list, count: int) -> list:
 
 
 def histogram(
-    train: list[float], val: list[float], edges: list[float], limit: float | None = None, height: int = 150
+    train: list[float],
+    val: list[float],
+    edges: list[float],
+    limit: float | None = None,
+    height: int = 150,
+    width: int = 420,
 ) -> Markup:
     """Draw how many values fall between consecutive ``edges``, training and validation side by side, as SVG."""
     counts = [_counts(values, edges) for values in (train, val)]
     top = max(1, *counts[0], *counts[1])
-    width, left, foot = 420, 30, 18
+    left, foot = 30, 18
     slot = (width - left - 6) / (len(edges) - 1)
-    y_at = lambda count: 8 + (height - foot - 8) * (1 - count / top)  # noqa: E731
+    y_at = lambda count: 20 + (height - foot - 20) * (1 - count / top)  # noqa: E731
     parts = [
         f'<line class="axis" x1="{left}" y1="{y_at(0):.1f}" x2="{width}" y2="{y_at(0):.1f}"/>',
         f'<text x="{left - 5}" y="{y_at(top) + 8:.1f}" text-anchor="end">{top:,}</text>',
@@ -98,10 +103,10 @@ def histogram(
             parts.append(f'<text x="{middle:.1f}" y="{height - 4}" text-anchor="middle">{_label(low, high)}</text>')
     if limit is not None and edges[0] <= limit <= edges[-1]:
         x = left + slot * (len(edges) - 1) * (limit - edges[0]) / (edges[-1] - edges[0])
-        parts.append(f'<line class="limit" x1="{x:.1f}" y1="4" x2="{x:.1f}" y2="{y_at(0):.1f}"/>')
+        parts.append(f'<line class="limit" x1="{x:.1f}" y1="6" x2="{x:.1f}" y2="{y_at(0):.1f}"/>')
         anchor = "start" if x < width * 0.7 else "end"
         x += 4 if anchor == "start" else -4
-        parts.append(f'<text x="{x:.1f}" y="14" text-anchor="{anchor}">max_seq_length {limit:,.0f}</text>')
+        parts.append(f'<text x="{x:.1f}" y="12" text-anchor="{anchor}">max_seq_length {limit:,.0f}</text>')
     title = f"{len(train):,} training and {len(val):,} validation examples"
     head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}"><title>{title}</title>'
     return Markup(head + "".join(parts) + "</svg>")

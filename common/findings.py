@@ -19,7 +19,7 @@ def copied_sentence(candidates: list[Candidate]) -> dict:
     return {"share": round(share, 4), "count": copied, "of": len(candidates), "text": text}
 
 
-def findings_of(candidates: list[Candidate]) -> list[str]:
+def findings_of(candidates: list[Candidate], dimensions: tuple[str, ...]) -> list[str]:
     """Return further signs of bad data, a sentence each; none for data without them."""
     total = len(candidates)
     findings = []
@@ -37,9 +37,13 @@ def findings_of(candidates: list[Candidate]) -> list[str]:
             count,
             f"have the same scores, {', '.join(f'{s:g}' for s in vector)}; {len(vectors):,} different sets in all",
         )
-    for position, name in enumerate(_constant(candidates)):
-        if name is not None and total >= 5:
-            findings.append(f"every analysis gives dimension {position + 1} a {name:g}")
+    constant = [
+        f"{name} {score:g}"
+        for name, score in zip(dimensions, _constant(candidates), strict=False)
+        if score is not None and total >= 5
+    ]
+    if constant:
+        findings.append(f"every analysis gives the same score to {', '.join(constant)}")
     say(
         sum(c.projected for c in candidates),
         "answer more dimensions than today's prompt asks for, and were cut to those",

@@ -119,7 +119,9 @@ class Linker:
         jobs, paths, claimed = 0, set(), set()
         for path in databases:
             with open_database(path) as database:
-                for job in tqdm(database.jobs(_COLUMNS), total=database.count(), desc="jobs", leave=False):
+                for job in tqdm(
+                    database.jobs(_COLUMNS), total=database.count(), desc="jobs", leave=False, disable=None
+                ):
                     jobs += 1
                     job["has_mode"] = "mode" in database.columns
                     named = self.files.named(plain(job["advisor"]), plain(job["id"]))
@@ -135,7 +137,13 @@ class Linker:
         for path in databases:
             with open_database(path) as database:
                 system_prompt = _system_prompt(database)
-                bar = tqdm(database.jobs((*_COLUMNS, *_TEXTS)), total=database.count(), desc=path.name, leave=False)
+                bar = tqdm(
+                    database.jobs((*_COLUMNS, *_TEXTS)),
+                    total=database.count(),
+                    desc=path.name,
+                    leave=False,
+                    disable=None,
+                )
                 many = database.count() > _MANY
                 candidates = self._candidates(bar, "mode" in database.columns)
                 for job, found in _found(candidates, self.files, system_prompt, many, workers):
@@ -192,8 +200,7 @@ class Linker:
             "image_width": photo.width,
             "image_height": photo.height,
             "image_orientation": photo.orientation,
-            "image_phash": photo.phash,
-            "image_thumb": base64.b64encode(photo.thumb).decode(),
+            **_fingerprint(photo),
             "analysis_path": found.path,
             "analysis_source": found.source,
             "analysis_format": found.form,
@@ -238,6 +245,11 @@ def made_by_adapter(job: dict) -> str:
 
 def _system_prompt(database: Database) -> str:
     return read_prompts(database.connection, "").system_prompt or ""
+
+
+@functools.lru_cache(20_000)
+def _fingerprint(photo: Photo) -> dict:
+    return {"image_phash": photo.phash, "image_thumb": base64.b64encode(photo.thumb).decode()}
 
 
 @functools.lru_cache(512)

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
@@ -129,7 +129,7 @@ class Locator:
         """Return (parts of the path, whether it climbs out of the folder)."""
         if "\\" in name and name not in self._files:
             name = name.replace("\\", "/")
-        parts = [part for part in PurePosixPath(name).parts if part not in ("/", "//")]
+        parts = [part for part in name.split("/") if part not in ("", ".")]
         if parts and re.fullmatch(r"[A-Za-z]:", parts[0]):
             parts = parts[1:]
         if ".." not in parts:
@@ -160,6 +160,8 @@ def _nearest(wanted: list[str], found: list[str]) -> list[str]:
             count += 1
         return count
 
+    if len(found) == 1:
+        return found
     best = max(map(agreement, found))
     return [path for path in found if agreement(path) == best]
 

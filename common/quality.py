@@ -16,7 +16,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from common.analysis import mean_score
+from common.analysis import compact_json, mean_score
 from common.errors import UserError
 
 LEVELS = ("reject", "warn", "off")
@@ -38,6 +38,7 @@ GATES = {
     "whole_scores": Gate("warn", "a dimension's score is not a whole number, as the prompt demands"),
     "language": Gate("reject", "not written in English, as the service demands"),
     "repetition": Gate("reject", "degenerate repetition: the same words again and again"),
+    "word_salad": Gate("warn", "strings of words without grammar, as a model writes that has been pushed too far"),
     "comments": Gate("reject", "comments or recommendations are near-empty, or the prompt's own placeholders"),
     "duplicates": Gate("reject", "word for word the analysis of another photograph: a stuck model"),
     "overall": Gate("reject", f"the overall score is over {OVERALL_TOLERANCE} from the mean of the dimensions"),
@@ -50,6 +51,7 @@ GATES = {
 }
 
 _MIN_LETTERS, _MAX_WORDS = 12, 120
+_GRAMMAR = 0.2  # real analyses have 0.34 to 0.46 small words; the runaway ones in the same database 0.08 to 0.12
 _ENGLISH = frozenset(
     re.findall(
         r"\w+",
@@ -61,9 +63,9 @@ _ENGLISH = frozenset(
 _FOREIGN = frozenset(
     re.findall(
         r"\w+",
-        "der das und ist nicht mit ein eine einen den dem von zu auf für im les des est une dans pour avec sur qui que du "
-        "aux el los las y es con para por una del il di che è per della gli uma com os não da em het een van voor niet "
-        "och att som en de la le et un må til af og ett jest nie się na bir ve için yang dan dengan untuk",
+        "der das und ist nicht mit ein eine einen den dem von zu auf für im les des est une dans pour avec sur qui "
+        "que du aux el los las y es con para por una del il di che è per della gli uma com os não da em het een van "
+        "voor niet och att som en de la le et un må til af og ett jest nie się na bir ve için yang dan dengan untuk",
     )
 )
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
@@ -115,10 +117,15 @@ def judge(row: dict, source: dict, analysis: dict, target: Target) -> dict[str, 
     fractions = [d for d in dimensions if not isinstance(d["score"], int)]
     if fractions:
         found["whole_scores"] = f"{fractions[0]['name']} has {fractions[0]['score']}"
-    if foreign := _foreign(texts):
-        found["language"] = foreign
+    words, english, other = _language(texts)
+    if strange := _foreign(texts, words, english, other):
+        found["language"] = strange
     if repeated := next((quote for text in texts if (quote := repetition(text))), None):
         found["repetition"] = repeated
+    if words >= 120 and english < _GRAMMAR * words and "language" not in found:
+        found["word_salad"] = (
+            f"{english / words:.0%} of the words are English's small ones; ordinary prose has 35% to 45%"
+        )
     if poor := _poor_comment(dimensions, target.placeholders):
         found["comments"] = poor
     gap = abs(analysis.get("overall_score", mean_score(dimensions)) - mean_score(dimensions))
@@ -166,7 +173,13 @@ def _texts(analysis: dict) -> list[str]:
     return [text for text in texts if text]
 
 
-def _foreign(texts: list[str]) -> str | None:
+def foreign_text(analysis: dict) -> str | None:
+    """Return the beginning of an analysis's text that is not English, None when all is."""
+    texts = _texts(analysis)
+    return _foreign(texts, *_language(texts))
+
+
+def _foreign(texts: list[str], words: int, english: int, other: int) -> str | None:
     """Say what is not English: a text in another script, or Latin letters without English's commonest words."""
     for text in texts:
         if text.isascii():
@@ -175,11 +188,16 @@ def _foreign(texts: list[str]) -> str | None:
         latin = sum(letter < "\u0250" for letter in letters)
         if len(letters) - latin >= 4 and len(letters) - latin > 0.2 * len(letters):
             return text[:60]
-    words = re.findall(r"[a-z\u00df-\u024f']+", " ".join(texts).lower())
-    english, foreign = (sum(word in commonest for word in words) for commonest in (_ENGLISH, _FOREIGN))
-    if len(words) >= 40 and (english < 0.05 * len(words) or (foreign > english and foreign > 0.1 * len(words))):
-        return " ".join(words[:10])
+    if words >= 40 and (english < 0.05 * words or (other > english and other > 0.1 * words)):
+        return " ".join(texts)[:60]
     return None
+
+
+def _language(texts: list[str]) -> tuple[int, int, int]:
+    """Return (words, those of English's commonest, those of other languages' commonest)."""
+    words = Counter(re.findall(r"[a-z\u00df-\u024f']+", " ".join(texts).lower()))
+    english, other = (sum(words[word] for word in words.keys() & commonest) for commonest in (_ENGLISH, _FOREIGN))
+    return words.total(), english, other
 
 
 def repetition(text: str) -> str | None:
@@ -203,7 +221,7 @@ def _poor_comment(dimensions: list[dict], placeholders: frozenset[str]) -> str |
     for d in dimensions:
         for key in ("comment", "recommendation"):
             text = d.get(key, "")
-            if text and len(_LATIN.findall(text[:200])) < _MIN_LETTERS and len(text) < 40:
+            if text and len(text) < 40 and len(_LATIN.findall(text)) < _MIN_LETTERS:
                 return f"{d['name']}'s {key} is {text[:40]!r}"
             if _plain(text) in placeholders:
                 return f"{d['name']}'s {key} is the prompt's: {text[:40]!r}"
@@ -231,7 +249,7 @@ class Crowd:
     def add(self, analysis: dict) -> None:
         """Take in the next analysis; they are counted from 0."""
         at = len(self._analyses)
-        self._analyses.append(_digest("\n".join(_texts(analysis))))
+        self._analyses.append(_digest(compact_json(analysis)))
         texts = [_plain(d.get(key, "")) for d in analysis["dimensions"] for key in ("comment", "recommendation")]
         texts = [text for text in texts if text]
         self._comments.extend(map(_digest, texts))

@@ -18,10 +18,10 @@ from common.analysis import (
     AnalysisError,
     balanced_end,
     canonical,
-    compact_json,
     find_objects,
     looks_like_analysis,
     parse_json,
+    texts_of,
 )
 from common.html_analysis import html_to_analysis, is_html_analysis
 
@@ -37,13 +37,13 @@ REASONS = {
     "truncated_json": "JSON cut off before its end",
     "misspelt_json": "JSON with misspelt or missing keys",
     "invalid_json": "JSON that does not parse",
+    "error_page": "an error message of the service",
     "no_scores": "an object of another kind, without scored dimensions",
     "prompt_echo": "the prompt or its example instead of an answer",
     "wrong_advisor": "the analysis of another advisor",
     "not_text": "not readable as UTF-8 text",
     "too_large": f"a text of more than {MAX_TEXT:,} characters",
     "reasoning_only": "reasoning without an answer after it",
-    "error_page": "an error message of the service",
     "stub": "a few words without an analysis",
     "no_object": "a text without an analysis in it",
     "missing_analysis_file": "the stored path of the analysis leads to no file here",
@@ -63,6 +63,7 @@ _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\r?\n?(.*?)(?:\n?```|\Z)", re.S)
 _HEADING = re.compile(r"^#{1,6}[ \t]+\S.*$", re.M)
 _TURN = re.compile(r"(?:^|\n)(?:<\|im_start\|>)?assistant[ \t]*:?[ \t]*\n", re.I)
 _PATH = re.compile(r"[^<>{}\0]{1,1000}\.(?:md|markdown|json|html?|txt)", re.I)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _STUB = 400  # a text without an object and shorter than this is a stub
 
 
@@ -82,7 +83,7 @@ class Asked:
     """What analyses are held against: accepted sets of dimensions, and texts that are prompts, not answers."""
 
     dimensions: tuple[tuple[str, ...], ...] = (DIMENSIONS7,)
-    examples: frozenset[str] = frozenset()  # canonical JSON of the examples that stand in the prompts
+    examples: frozenset[tuple] = frozenset()  # `example_of` the prompts
 
 
 def find_analysis(job: dict, advisor: str, files: "AnalysisFiles", asked: Asked) -> Found:
@@ -122,10 +123,9 @@ def check(analysis: dict, asked: Asked) -> None:
             raise AnalysisError("score_out_of_range", f"{dimension['name'][:40]} has {dimension['score']}")
     if not 0 <= analysis.get("overall_score", 0) <= 10:
         raise AnalysisError("score_out_of_range", f"the overall score is {analysis['overall_score']}")
-    try:
-        compact_json(analysis).encode()
-    except UnicodeEncodeError:
-        raise AnalysisError("not_text", "holds characters that are no Unicode text") from None
+    for text in texts_of(analysis):
+        if not text.isprintable() and _SURROGATE.search(text):
+            raise AnalysisError("not_text", "holds characters that are no Unicode text")
 
 
 # ------------------------------------------------------------------------------------------------ places
@@ -179,10 +179,11 @@ def _outputs(text: str, advisor: str) -> Iterator[str | AnalysisError]:
             return
     if isinstance(value, dict) and not looks_like_analysis(value):
         keys = ("response", "output", "content", "text", "html", "analysis")
-        value = next((value[key] for key in keys if value.get(key)), value or None)
+        answers = [value[key] for key in keys if key in value]
+        value = next((answer for answer in answers if answer), None) if answers or "prompt" in value else value
     if isinstance(value, str):
-        yield value
-    elif value is not None:
+        yield value if value.strip() != "{}" else ""
+    elif value:
         yield json.dumps(value, ensure_ascii=False)
 
 
@@ -216,12 +217,12 @@ def as_text(data: bytes) -> str:
     if len(data) > 4 * MAX_TEXT:
         raise AnalysisError("too_large", f"{len(data):,} bytes")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode()
     except UnicodeDecodeError as error:
         raise AnalysisError("not_text", f"not UTF-8 at byte {error.start}") from None
     if len(text) > MAX_TEXT:
         raise AnalysisError("too_large", f"{len(text):,} characters")
-    return text
+    return text.removeprefix("\ufeff")
 
 
 # ------------------------------------------------------------------------------------------------ one text
@@ -261,7 +262,7 @@ def _read_json(text: str, asked: Asked, echoed: bool, thought: bool) -> tuple[di
         except AnalysisError as error:
             failure = failure or error
             continue
-        if compact_json_or_none(analysis) in asked.examples:
+        if _signature(analysis) in asked.examples:
             failure = failure or AnalysisError("prompt_echo", "the example that stands in the prompt")
             continue
         around = [] if _is_frame(text[:start], text[end:]) else ["text_around"]
@@ -271,19 +272,17 @@ def _read_json(text: str, asked: Asked, echoed: bool, thought: bool) -> tuple[di
     raise _diagnosis(text, echoed, thought)
 
 
-def compact_json_or_none(analysis: dict) -> str | None:
-    try:
-        return compact_json(analysis)
-    except ValueError:
-        return None
+def _signature(analysis: dict) -> tuple:
+    """Return what tells the example of a prompt from an answer, whichever scores it carries: its texts."""
+    return analysis.get("image_description"), analysis["dimensions"][0].get("comment")
 
 
-def example_of(prompt: str) -> str | None:
-    """Return the canonical JSON of the example in a prompt, to know it again when it comes back as an answer."""
+def example_of(prompt: str) -> tuple | None:
+    """Return the signature of the example in a prompt, to know it again when it comes back as an answer."""
     for value, *_ in find_objects(prompt):
         if looks_like_analysis(value):
             try:
-                return compact_json_or_none(canonical(value)[0])
+                return _signature(canonical(value)[0])
             except AnalysisError:
                 continue
     return None
@@ -302,7 +301,7 @@ def _is_frame(before: str, after: str) -> bool:
 def _without_prompt(text: str, prompt: str) -> tuple[str, bool]:
     """Return (text after the prompt's echo, whether there was one)."""
     prompt = prompt.strip()
-    if len(prompt) >= 40:
+    if 40 <= len(prompt) <= len(text) and prompt[:40] in text:
         at = text.rfind(prompt)
         if at >= 0:
             return text[at + len(prompt) :], True
