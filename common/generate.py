@@ -78,10 +78,10 @@ class Decoding:
         self.parts = decoder(base.model)
         self.stop = stop_tokens(base)
         dtype = self.parts.norm.dtype
-        # one cast here instead of one a step: a float32 adapter would promote every activation it meets
+        # cast and scaled once here instead of at each step: a float32 adapter would promote every activation it meets
         self.lora = [
-            {name: tuple(matrix.astype(dtype) for matrix in pair) for name, pair in layer.items()}
-            for layer in self.parts.lora
+            {name: (a.astype(dtype), (spec.lora_scale * b).astype(dtype)) for name, (a, b) in layer.items()}
+            for spec, layer in zip(self.parts.specs, self.parts.lora, strict=True)
         ]
 
     def text(self, tokens: list[int]) -> str:
@@ -277,7 +277,7 @@ def _layer(spec: LayerSpec):
     """Return a decoder layer as a function of arrays: (lora, frozen, x [B, L, D], cos, sin) for whole prompts (causal
     attention); with (keys, values, column, mask) behind them, for one new token a row that sees its cached columns.
 
-    It returns (x, keys, values), the latter [B, heads, columns, head_dim].
+    ``lora``: (A, scaled B) by projection. It returns (x, keys, values), the latter [B, heads, columns, head_dim].
     """
     packing = dict(spec.packing)
 
@@ -286,7 +286,7 @@ def _layer(spec: LayerSpec):
         if name not in lora:
             return y
         a, b = lora[name]
-        return y + spec.lora_scale * ((x @ a) @ b)
+        return mx.addmm(y, x @ a, b)  # two products a projection: a step at batch 1 is bound by its kernels' number
 
     def heads(x):
         return x.reshape(*x.shape[:2], -1, spec.head_dim)
