@@ -8,6 +8,7 @@ import numpy as np
 from sacrebleu.metrics import CHRF
 
 from common.analysis import check_strict, parse_lenient
+from common.quality import foreign_text
 
 # Every way to fail, worst first; an output is counted under the first that holds and lists them all.
 FAILURES = {
@@ -57,8 +58,9 @@ def judge(text: str, finish: str, dimensions: list[str]) -> dict:
     "mends": [what a lenient reader had to overlook], "analysis": object or None}.
     """
     analysis, mends = parse_lenient(text)
+    foreign = foreign_text(analysis) is not None if analysis else not is_latin(text)
     problems = list(check_strict(text, dimensions)) if finish == "stop" else []
-    found = set(_classify(text, finish, dimensions))
+    found = set(_classify(text, finish, dimensions)) | ({"wrong_language"} if foreign else set())
     if problems and not found:
         found.add("wrong_schema")
     if "wrong_language" in found:
@@ -80,8 +82,6 @@ def _classify(text: str, finish: str, dimensions: list[str]):
         yield "repetition_loop"
     elif finish == "length":
         yield "truncated"
-    if not is_english(text):
-        yield "wrong_language"
     body = text.strip()
     if "```" in body:
         yield "code_fence"
@@ -113,11 +113,8 @@ def _text_after_object(body: str) -> bool:
     return bool(body[end:].strip())
 
 
-def is_english(text: str) -> bool:
-    """Tell whether a text is written in Latin letters, which is what tells English from what Qwen falls into.
-
-    Single foreign words (a name, a quotation) pass: up to a tenth of the letters may be of another script.
-    """
+def is_latin(text: str) -> bool:
+    """Tell whether a text that no analysis can be read from is at least in Latin letters, nine tenths of them."""
     letters = [letter for letter in text if letter.isalpha()]
     foreign = sum(letter > "ɏ" for letter in letters)  # past Latin Extended-B
     return foreign <= 0.1 * len(letters)

@@ -80,6 +80,9 @@ def test_pairs_drawn_twice_are_no_pair_with_themselves():
 # -- one output -------------------------------------------------------------------------------------------------------
 
 GOOD = compact_json(analysis())
+SPANISH = (
+    "La luz de la tarde cae sobre el lago y las nubes que se ven en el fondo dan al conjunto una calma que es rara. "
+)
 BROKEN = [
     ("strict", GOOD, "stop", []),
     ("fence", f"```json\n{GOOD}\n```", "stop", ["code_fence"]),
@@ -104,6 +107,8 @@ BROKEN = [
     ("score of 14", GOOD.replace('"score":7', '"score":14', 1), "stop", ["out_of_range"]),
     ("overall of 0", GOOD.replace('"overall_score":7.0', '"overall_score":0'), "stop", ["out_of_range"]),
     ("score in words", GOOD.replace('"score":7', '"score":"seven"', 1), "stop", ["wrong_schema"]),
+    ("Spanish", compact_json(analysis() | {"image_description": SPANISH * 3}), "stop", ["wrong_language"]),
+    ("Chinese prose", "这是一张美丽的照片。" * 9, "stop", ["wrong_language", "prose"]),
     ("Chinese", compact_json(analysis() | {"image_description": "湖" * 400}), "stop", ["wrong_language"]),
 ]
 
