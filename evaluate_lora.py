@@ -21,6 +21,7 @@ from tqdm import tqdm
 from common import held_out, report
 from common.cli import ScriptCommand, print_settings
 from common.comparison import decided, judged
+from common.errors import UserError
 from common.gates import failed, load_gates
 from common.outputs import OutputLog, RecordedSource, Source
 
@@ -98,7 +99,10 @@ def main(ctx: click.Context, **options) -> None:
     source = (
         RecordedSource(settings.from_outputs, items) if settings.from_outputs else held_out.load_models(settings, items)
     )
-    rows = collect(source, items, settings)
+    try:
+        rows = collect(source, items, settings)
+    except KeyboardInterrupt:
+        raise UserError("interrupted; what was generated is kept, the same command goes on from there") from None
     comparison = decided(judged(report.assemble(settings, source, items, rows, time.time() - started)), gates)
     report.write(comparison, settings, rows)
     sys.exit(tell(comparison, settings))
