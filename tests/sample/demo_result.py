@@ -34,7 +34,9 @@ def main(report_path: Path) -> None:
     base, tuned = (report["summary"]["arms"][arm] for arm in ("base", "candidate"))
     click.echo(f"\n{'On held-out photographs':34}{'base':>9}{'tuned':>9}")
     for name, title, form in FIGURES:
-        click.echo(f"{title:34}{form.format(base[name]['value']):>9}{form.format(tuned[name]['value']):>9}")
+        values = [arm.get(name, {}).get("value") for arm in (base, tuned)]
+        shown = ["-" if value is None else form.format(value) for value in values]
+        click.echo(f"{title:34}{shown[0]:>9}{shown[1]:>9}")
     surprises = []
     click.echo("\nGates (the documented defaults)")
     for gate in report["gates"]:

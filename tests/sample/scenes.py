@@ -59,7 +59,7 @@ def random_scene(rng: random.Random) -> Scene:
         # dim light costs sharpness and colour, as it does outdoors
         sharp=0.5 * light + 0.5 * rng.random(),
         color=0.5 * light + 0.5 * rng.random(),
-        place=rng.uniform(0.12, 0.88),
+        place=rng.uniform(0.06, 0.94),
         planes=rng.randint(1, 3),
         upright=rng.random() < 0.25,
         seed=rng.getrandbits(32),
@@ -186,74 +186,56 @@ def scores(scene: Scene) -> list[int]:
 ADAMS = {
     "Composition": (
         (
-            "The {it} is pushed to the edge and the eye slides out of the frame.",
-            "Step aside until the {it} meets a line of thirds.",
+            "Pushed to the edge, the {it} slides out of the frame.",
+            "Step aside and bring the subject to a line of thirds.",
         ),
-        ("The {it} is placed with care but nothing leads toward it.", "Let a line in the foreground lead to the {it}."),
-        ("The {it} rests upon the third and holds the whole frame.", "Keep the {it} here and wait for a cleaner edge."),
+        (
+            "Placed with care, the {it} still waits for a line that leads to it.",
+            "Let something in the foreground lead the eye.",
+        ),
+        ("Resting upon the third, the {it} holds the whole frame.", "Stay here and wait for a cleaner edge."),
     ),
     "Lighting": (
         (
-            "The light on the {it} is dim and the shadows block up.",
-            "Expose for the shadows of the {it} and place them on Zone III.",
+            "Under so dim a light the {it} sinks and the shadows block up.",
+            "Expose for the shadows and place them on Zone III.",
         ),
-        (
-            "Even light describes the {it} without carving it.",
-            "Wait for side light that carves the {it} out of the middle grays.",
-        ),
+        ("Even light describes the {it} without carving it.", "Wait for light from the side."),
         (
             "Brilliant light models the {it} up to the high values.",
-            "Hold the texture of the {it} by placing the whites on Zone VIII.",
+            "Hold texture in the whites by placing them on Zone VIII.",
         ),
     ),
     "Focus & Sharpness": (
         (
-            "Everything about the {it} is soft, as if the camera had moved.",
-            "Set the camera on a tripod and focus upon the {it}.",
+            "Soft all over, the {it} looks as if the camera had moved.",
+            "Set the camera on a tripod and focus with a loupe.",
         ),
-        (
-            "The {it} is nearly sharp while the far edge falls away.",
-            "Stop down until the {it} and the distance agree.",
-        ),
-        ("The {it} is crisp from the near ground to the horizon.", "Print the {it} larger, the negative will bear it."),
+        ("Nearly sharp, the {it} loses its far edge.", "Stop down until near and far agree."),
+        ("Crisp in every part, the {it} stands clear to the horizon.", "Print it large, the negative will bear it."),
     ),
     "Color Harmony": (
-        (
-            "The {it} is drained nearly to gray, which asks for stronger tones.",
-            "Filter the {it} in red so that the grays separate.",
-        ),
-        (
-            "Quiet hues lie upon the {it} and none of them speaks first.",
-            "Choose one hue of the {it} and let the others yield.",
-        ),
-        (
-            "Rich hues ring through the {it} and answer each other.",
-            "Guard the hues of the {it} when the print is made.",
-        ),
+        ("Drained almost to gray, the {it} asks for stronger tones.", "Use a red filter so that the grays separate."),
+        ("Quiet hues lie upon the {it} and none speaks first.", "Choose one hue and let the others yield."),
+        ("Rich hues ring through the {it} and answer each other.", "Guard these hues when the print is made."),
     ),
     "Depth & Perspective": (
-        ("The {it} stands flat before an empty ground.", "Bring a near stone before the {it} to open the space."),
-        (
-            "A second plane behind the {it} begins to open the space.",
-            "Climb higher so that the planes behind the {it} unfold.",
-        ),
-        (
-            "Plane upon plane recedes behind the {it} into the haze.",
-            "Use the haze behind the {it} to set the planes apart.",
-        ),
+        ("Flat as a wall, the {it} stands before an empty ground.", "Bring a near stone into the frame."),
+        ("Behind the {it} a second plane begins to open the space.", "Climb higher so that the planes unfold."),
+        ("Plane upon plane recedes behind the {it} into the haze.", "Let the haze set the planes apart."),
     ),
     "Visual Balance": (
-        ("All weight falls to one side with the {it}.", "Answer the {it} with a form on the empty side."),
-        ("The {it} leans to one side but the sky steadies it.", "Give the sky above the {it} a little more room."),
-        ("The {it} and the open sky weigh the same.", "Keep the calm between the {it} and the sky."),
+        ("All the weight falls to the side of the {it}.", "Answer it with a form on the empty side."),
+        ("Leaning to one side, the {it} is steadied by the sky.", "Give the sky a little more room."),
+        ("In calm balance, the {it} and the open sky weigh the same.", "Keep this calm between earth and sky."),
     ),
     "Emotional Impact": (
-        ("The {it} is recorded but not yet felt.", "Ask what the {it} meant to you before the next exposure."),
-        ("A quiet mood gathers about the {it}.", "Return to the {it} in weather and deepen the mood."),
         (
-            "The {it} stands with a grandeur that stays with the viewer.",
-            "Make a second print of the {it} with darker skies.",
+            "Recorded but not yet felt, the {it} leaves the viewer outside.",
+            "Ask what the place meant to you before the next exposure.",
         ),
+        ("About the {it} gathers a quiet mood.", "Return in weather and deepen the mood."),
+        ("Grand and silent, the {it} stays with the viewer.", "Make a second print with darker skies."),
     ),
 }
 
@@ -286,7 +268,7 @@ def critique(scene: Scene) -> dict:
                 "name": name,
                 "score": score,
                 "comment": comment.format(it=scene.kind),
-                "recommendation": advice.format(it=scene.kind),
+                "recommendation": advice,
             }
         )
     best = sorted(range(len(given)), key=lambda i: (-given[i], i))

@@ -1,0 +1,222 @@
+"""The sample is what it says it is, and the four scripts run on it one after another as the README types them."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from common.fingerprint import base_fingerprint, compare_fingerprints
+from common.photo import load_photo
+from tests.sample import scenes
+from tests.sample.demo_result import main as demo_result
+from tests.sample.make_tree import make_tree, sample_prompt
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script: str, *options: str, folder: Path) -> str:
+    """Run one of the scripts in a folder; returns what it printed."""
+    command = [sys.executable, str(ROOT / script), *options]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def worked(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A sample tree of 60 photographs in which the four scripts have run as documented, and what each printed."""
+    folder = tmp_path_factory.mktemp("a tree with a space") / "mondrian"
+    make_tree(folder, photos=60, long_side=160)
+    (folder / "even.toml").write_text(
+        "[base_format]\nenabled = false\n[tuned_format]\nenabled = false\n[overhead]\nenabled = false\n"
+    )
+    printed = {
+        "link": run("link_training_data.py", "--advisor", "ansel", folder=folder),
+        "prepare": run(
+            "prepare_training_data.py",
+            "--manifest",
+            "training_data_manifest.json",
+            "--base_model",
+            str(tiny_base),
+            folder=folder,
+        ),
+        "train": run(
+            "train_mlx_lora.py",
+            *("--train_data", "training_data_ansel_train.json", "--base_model", str(tiny_base)),
+            *("--learning_rate", "1e-2", "--batch_size", "4"),
+            folder=folder,
+        ),
+        "evaluate": run(
+            "evaluate_lora.py",
+            *("--lora_path", "./models/qwen3-vl-4b-lora-ansel", "--timing_examples", "5", "--max_tokens", "16"),
+            *("--gates", "even.toml"),
+            folder=folder,
+        ),
+    }
+    return folder, printed
+
+
+def test_the_four_scripts_write_what_is_documented(worked):
+    folder, _ = worked
+    written = [
+        "training_data/training_data_manifest.jsonl",
+        "training_data/training_data_ansel_train.jsonl",
+        "training_data/training_data_ansel_val.jsonl",
+        "training_data/training_data_ansel_meta.json",
+        "models/qwen3-vl-4b-lora-ansel/adapter_config.json",
+        "models/qwen3-vl-4b-lora-ansel/adapter_model.safetensors",
+        "models/qwen3-vl-4b-lora-ansel/training_args.json",
+        "models/qwen3-vl-4b-lora-ansel/training_log.jsonl",
+        "evaluation/comparison_report.json",
+        "evaluation/comparison_report.html",
+    ]
+    assert [name for name in written if not (folder / name).is_file()] == []
+
+
+def test_every_job_of_the_sample_is_linked_or_has_its_reason(worked):
+    folder, _ = worked
+    manifest = (folder / "training_data/training_data_manifest.jsonl").read_text().splitlines()
+    jobs = sqlite3.connect(folder / "mondrian.db").execute("SELECT status FROM jobs WHERE advisor = 'ansel'").fetchall()
+    # 60 photographs, every twelfth of them judged twice; ten jobs of ansel are damaged
+    assert len(manifest) == 60 + 5
+    assert len(jobs) == 60 + 5 + 10
+
+
+def test_a_photograph_never_stands_on_both_sides(worked):
+    folder, _ = worked
+    sides = [
+        {
+            json.loads(line)["image_sha256"]
+            for line in (folder / f"training_data/training_data_ansel_{side}.jsonl").open()
+        }
+        for side in ("train", "val")
+    ]
+    assert len(sides[0]) + len(sides[1]) == 60 and not sides[0] & sides[1]
+
+
+def test_training_lowers_the_loss_on_held_out_photographs(worked):
+    folder, _ = worked
+    report = json.loads((folder / "evaluation/comparison_report.json").read_text())
+    base, tuned = (report["summary"]["arms"][arm]["loss.nats"]["value"] for arm in ("base", "candidate"))
+    assert tuned < base - 0.5
+
+
+def test_the_result_says_where_the_report_is_and_fails_for_an_unexpected_gate(worked):
+    folder, _ = worked
+    path = folder / "evaluation/comparison_report.json"
+    result = CliRunner().invoke(demo_result, [str(path)])
+    assert result.exit_code == 0, result.output
+    assert f"Report: {path.with_suffix('.html')}\n" in result.output
+
+    report = json.loads(path.read_text())
+    for gate in report["gates"]:
+        if gate["name"] == "base_loss":
+            gate["verdict"] = "fail"
+    failing = folder / "failing.json"
+    failing.write_text(json.dumps(report))
+    result = CliRunner().invoke(demo_result, [str(failing)])
+    assert result.exit_code == 1
+    assert "Error: gates that should pass here failed: Validation loss not worse than the base's\n" in result.output
+
+
+def test_the_result_of_an_evaluation_that_ended_early(tmp_path):
+    result = CliRunner().invoke(demo_result, [str(tmp_path / "comparison_report.json")])
+    assert result.exit_code == 1
+    assert "was not written: the evaluation ended early" in result.output
+
+
+# -- the sample tree --------------------------------------------------------------------------------------------------
+
+
+def test_a_tree_is_made_alike_from_its_seed(tmp_path):
+    for name, seed in (("one", 3), ("again", 3), ("other", 4)):
+        make_tree(tmp_path / name, photos=6, long_side=96, seed=seed)
+
+    def content(name: str) -> dict:
+        folder = tmp_path / name
+        files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.jpg")}
+        files |= {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.md")}
+        return files | {"jobs": sqlite3.connect(folder / "mondrian.db").execute("SELECT * FROM jobs").fetchall()}
+
+    assert content("one") == content("again")
+    assert content("one") != content("other")
+
+
+def test_the_tree_has_the_tables_and_the_journal_of_a_real_one(sample_tree):
+    connection = sqlite3.connect(f"file:{sample_tree / 'mondrian.db'}?mode=ro", uri=True)
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert {"jobs", "advisors", "config"} <= tables
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert len(connection.execute("PRAGMA table_info(jobs)").fetchall()) == 33
+
+
+def test_some_photographs_lie_on_their_side_until_their_orientation_is_applied(sample_tree):
+    turned = [path for path in (sample_tree / "source").rglob("photo-*.jpg") if orientation(path) == 6]
+    assert turned
+    for path in turned:
+        with Image.open(path) as stored:
+            assert stored.width > stored.height
+        upright = load_photo(path)
+        assert upright.width < upright.height
+
+
+def orientation(path: Path) -> int | None:
+    try:
+        with Image.open(path) as picture:
+            return picture.getexif().get(0x0112)
+    except OSError:  # the web page that is called .jpg
+        return None
+
+
+def test_a_brighter_picture_scores_higher_for_its_light():
+    dark = scenes.Scene("lake", 0.1, 0.5, 0.5, 0.4, 2, False, 7)
+    bright = scenes.Scene("lake", 0.9, 0.5, 0.5, 0.4, 2, False, 7)
+    brightness = [sum(scenes.draw(scene, 64).convert("L").tobytes()) for scene in (dark, bright)]
+    lighting = [dict(zip(scenes.DIMENSIONS, scenes.scores(scene), strict=True))["Lighting"] for scene in (dark, bright)]
+    assert brightness[0] < brightness[1] and lighting[0] < lighting[1]
+
+
+# -- the tiny model ---------------------------------------------------------------------------------------------------
+
+
+def test_the_tiny_model_loads_as_qwen3_vl_and_answers(tiny_base, tmp_path):
+    from mlx_vlm import generate, load
+    from mlx_vlm.prompt_utils import apply_chat_template
+
+    model, processor = load(str(tiny_base))
+    assert type(model).__module__ == "mlx_vlm.models.qwen3_vl.qwen3_vl"
+    prompt = apply_chat_template(processor, model.config, sample_prompt("ansel"), num_images=1)
+    assert prompt.startswith(
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>You are a photography critic."
+    )
+    assert prompt.endswith("Analyze the provided image.<|im_end|>\n<|im_start|>assistant\n")
+    scenes.draw(scenes.Scene("boat", 0.5, 0.5, 0.5, 0.5, 2, False, 1), 64).save(tmp_path / "boat.png")
+    result = generate(model, processor, prompt, image=[str(tmp_path / "boat.png")], max_tokens=3, verbose=False)
+    assert result.generation_tokens == 3
+
+
+def test_the_tokenizer_returns_every_text_and_knows_qwens_special_tokens(tiny_base):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    config = json.loads((tiny_base / "config.json").read_text())
+    text = 'Ünïcode 測光 {"score":10,"overall_score":7.4}\n<|im_start|>'
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == config["image_token_id"]
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert len(tokenizer) == config["text_config"]["vocab_size"]
+
+
+def test_a_model_is_made_alike_from_its_seed_and_told_apart_from_another(make_tiny_model, tiny_base, tmp_path):
+    again, other = make_tiny_model(tmp_path / "again"), make_tiny_model(tmp_path / "other", "--seed", "1")
+    names = sorted(path.name for path in tiny_base.iterdir())
+    assert [name for name in names if (again / name).read_bytes() != (tiny_base / name).read_bytes()] == []
+    errors, _ = compare_fingerprints(base_fingerprint(tiny_base, "one"), base_fingerprint(other, "other"))
+    assert errors
