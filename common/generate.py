@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from common.judge import repeated_tail
+from common.loops import repeated_tail
 from common.vlm import Base, LayerSpec, Packing, Row, decoder, stop_tokens
 
 GROWTH = 256  # columns by which the key-value cache grows

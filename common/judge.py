@@ -8,6 +8,7 @@ import numpy as np
 from sacrebleu.metrics import CHRF
 
 from common.analysis import check_strict, parse_lenient
+from common.loops import repeated_tail
 from common.quality import foreign_text
 
 # Every way to fail, worst first; an output is counted under the first that holds and lists them all.
@@ -24,29 +25,7 @@ FAILURES = {
 }
 FINISHES = ("stop", "length", "loop")
 
-LOOP_LENGTH = 96  # a tail at least this long that only repeats itself is a loop ...
-LOOP_REPEATS = 4  # ... of at least this many turns
-LOOP_PERIOD = 192
-
 _chrf = CHRF()
-
-
-def repeated_tail(items: list, longest: int = LOOP_PERIOD) -> int | None:
-    """Return the period of the loop in which ``items`` (token ids or words) end, None when they do not.
-
-    A loop is a tail of at least `LOOP_LENGTH` items made of at least `LOOP_REPEATS` turns of one period. JSON that
-    is repetitive by design (the same keys for seven dimensions) never repeats its texts too, so it is not one.
-    """
-    if len(items) < LOOP_LENGTH:
-        return None
-    tail = np.asarray(items[-LOOP_REPEATS * longest :])
-    for period in range(1, len(tail) // LOOP_REPEATS + 1):
-        length = max(LOOP_LENGTH, LOOP_REPEATS * period)
-        if length > len(tail):
-            break
-        if (tail[-length + period :] == tail[-length:-period]).all():
-            return period
-    return None
 
 
 def judge(text: str, finish: str, dimensions: list[str]) -> dict:

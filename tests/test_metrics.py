@@ -9,6 +9,7 @@ from scipy import stats
 from common import intervals, judge
 from common.analysis import DIMENSIONS7, compact_json
 from common.gates import DEFAULT_GATES, decide, failed, format_value, load_gates
+from common.loops import repeated_tail
 
 NAN = float("nan")
 
@@ -135,13 +136,13 @@ def test_order_of_dimensions_counts():
 
 
 def test_loop_detection_spares_repetitive_json():
-    assert judge.repeated_tail(GOOD.split() * 3) is None
-    assert judge.repeated_tail(list(GOOD)) is None
-    assert judge.repeated_tail([1] * 96) == 1
-    assert judge.repeated_tail([1] * 95) is None
-    assert judge.repeated_tail([5, 6, 7] + [1, 2, 3, 4, 5] * 20) == 5
-    assert judge.repeated_tail(list(range(150)) * 4) == 150
-    assert judge.repeated_tail(list(range(150)) * 3) is None
+    assert repeated_tail(GOOD.split() * 3) is None
+    assert repeated_tail(list(GOOD)) is None
+    assert repeated_tail([1] * 96) == 1
+    assert repeated_tail([1] * 95) is None
+    assert repeated_tail([5, 6, 7] + [1, 2, 3, 4, 5] * 20) == 5
+    assert repeated_tail(list(range(150)) * 4) == 150
+    assert repeated_tail(list(range(150)) * 3) is None
 
 
 def test_measure_gives_the_planted_distances():
