@@ -91,7 +91,7 @@ $(DEMO)/mondrian/mondrian.db: $(SAMPLE) | $(READY)
 # another base, another adapter
 $(DEMO)/base/model.safetensors: $(DEMO)/mondrian/mondrian.db $(SAMPLE) | $(READY)
 	@rm -rf $(DEMO)/models $(DEMO)/evaluation
-	@$(RUN) tests/sample/make_tiny_model.py --output_dir $(DEMO)/base --pretrain_steps 480
+	@$(RUN) tests/sample/make_tiny_model.py --output_dir $(DEMO)/base --pretrain_steps 440
 
 test: $(READY) ## run the tests
 	$(RUN) -m pytest

@@ -104,7 +104,7 @@ def pretrain(model, processor, config: dict, steps: int, seconds: float, seed: i
     losses, deadline = {}, time.monotonic() + seconds
     with tqdm(total=steps, desc="pre-training the base", unit="step") as bar:
         for step in range(steps):
-            task = ("measure", "recall", "critique")[step % 3]
+            task = ("measure", "recall", "measure", "critique")[step % 4]
             upright = rng.random() < 0.25
             rows = rng.sample([picture for picture in pictures if picture.scene.upright == upright], BATCH_SIZE)
             batch = make_batch(processor, config, rows, [text(rng, row.scene, task) for row in rows])
