@@ -67,7 +67,7 @@ def load_base(name_or_path: str | Path) -> Base:
     config = _read_config(path)
     try:
         model, processor = load_mlx_vlm(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: MLX on damaged weights
         raise UserError(f"{name}: the model cannot be loaded: {_first_line(error)}") from error
     model.freeze()
     model.eval()

@@ -37,8 +37,8 @@ def adapted(folder, rank=4, dropout=0.0, modules=TARGET_MODULES) -> Base:
     base = load_base(folder)
     attach_lora(base, rank, 2 * rank, dropout, modules)
     values = lora_parameters(base.model)
-    keys = mx.random.split(mx.random.key(3), len(values))
-    update_lora(base.model, {n: 0.1 * mx.random.normal(v.shape, key=k) for k, (n, v) in zip(keys, values.items())})
+    keys = iter(mx.random.split(mx.random.key(3), len(values)))
+    update_lora(base.model, {n: 0.1 * mx.random.normal(v.shape, key=next(keys)) for n, v in values.items()})
     return base
 
 
@@ -221,7 +221,7 @@ def test_bfloat16_stays_close(tiny_base, reference):
 
 
 def test_dropout_is_exactly_reproducible(tiny_base):
-    """The same seed gives the same bits with checkpointing, another padding the same masks, another seed another loss."""
+    """One seed: the same bits, with checkpointing and other padding the same masks. Another seed: another loss."""
     base = adapted(tiny_base, dropout=0.3)
     rows = [prepare_row(base, e) for e in examples(base)]
     vector = pack_lora(base.model)
