@@ -143,8 +143,8 @@ def open_folder(settings: SimpleNamespace, processes: Processes) -> tuple[RunFol
     found = None
     if processes.first and not settings.plan:
         found = folder.find_resumable(settings.resume, settings.overwrite)
-        if settings.resume and not found:
-            click.echo(f"{folder.path}: no checkpoint there; training from the start")
+        if settings.resume and not found and not settings.overwrite:
+            click.echo(f"{folder.path}: no checkpoint to resume; training from the start")
     state = json.loads(processes.text_from_first(json.dumps([str(found[0]), found[1]] if found else None)))
     return folder, (Path(state[0]), state[1]) if state else None
 
@@ -197,7 +197,7 @@ def prepare(
     store = RowStore(folder.cache, limits["memory" if settings.plan or not processes.first else settings.feature_cache])
     longest = whole_number(settings, "max_seq_length", 16)
     identity = f"{fingerprint['architecture']} {fingerprint['weights']}"
-    return tuple(
+    prepared = tuple(
         file
         and prepare_examples(
             base,
@@ -212,6 +212,9 @@ def prepare(
         )
         for file, label in zip(data, ("training photographs", "validation photographs"), strict=True)
     )
+    base.model.vision_tower = None  # it has said what it had to say; its memory is free for training
+    mx.clear_cache()
+    return prepared
 
 
 def lay_out(

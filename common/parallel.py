@@ -29,10 +29,6 @@ class Processes:
         """Return the sum over all processes (lazily)."""
         return array if self.world == 1 else mx.distributed.all_sum(array, group=self.group)
 
-    def any(self, flag: bool) -> bool:
-        """Return whether any process says yes, so that all do the same."""
-        return flag if self.world == 1 else bool(self.sum(mx.array([1.0 if flag else 0.0])).item())
-
     def from_first(self, array: mx.array) -> mx.array:
         """Return rank 0's array; the others pass one of the same shape and dtype."""
         return array if self.world == 1 else self.sum(array if self.first else mx.zeros_like(array))

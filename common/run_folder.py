@@ -1,7 +1,6 @@
 """The folder a training run writes to: never overwritten unasked, used by one run at a time, gone on with exactly."""
 
 import fcntl
-import json
 from pathlib import Path
 
 from common.adapter import CONFIG, PEFT_WEIGHTS
@@ -34,17 +33,17 @@ class RunFolder:
         return all((self.path / name).is_file() for name in (ARGS, CONFIG, PEFT_WEIGHTS))
 
     def find_resumable(self, resume: bool, overwrite: bool) -> tuple[Path, dict] | None:
-        """Return (checkpoint, state) to go on from, None to begin anew; UserError where that would lose something."""
-        if resume and overwrite:
-            raise UserError("--resume and --overwrite exclude each other; give the one you mean")
-        if resume:
-            return self.checkpoints.newest()
-        if self.finished and not overwrite:
+        """Return (checkpoint, state) to go on from, None to begin anew; UserError where that would lose an adapter."""
+        if overwrite:  # above --resume, which the Makefile always gives
+            return None
+        if resume and (found := self.checkpoints.newest()):
+            return found
+        if self.finished:
             raise UserError(
                 f"{self.path}: holds a finished adapter; name another --output_dir, or give --overwrite to train anew "
                 "(the old folder is renamed, not deleted)"
             )
-        if (steps := self.checkpoints.steps()) and not overwrite:
+        if (steps := self.checkpoints.steps()) and not resume:
             raise UserError(
                 f"{self.path}: holds an unfinished run (step {steps[0]}); give --resume to go on with it, or "
                 "--overwrite to begin anew (the old folder is renamed, not deleted)"
@@ -112,8 +111,3 @@ def refuse_differences(folder: Path, differences: list[str]) -> None:
             + "; ".join(differences)
             + ". Give the same again, or train anew with --overwrite or another --output_dir"
         )
-
-
-def read_args(folder: Path) -> dict:
-    """Read a finished adapter's training_args.json."""
-    return json.loads((folder / ARGS).read_text(encoding="utf-8"))

@@ -246,8 +246,15 @@ def test_an_unfinished_run_is_not_overwritten_unasked(stopped, tiny_base):
     result = train_here(tiny_base, "--output_dir", "run")
     assert result.exit_code == 1
     assert "run: holds an unfinished run (step 4); give --resume" in result.stderr.splitlines()[-1]
-    result = train_here(tiny_base, "--output_dir", "run", "--resume", "--overwrite")
-    assert "--resume and --overwrite exclude each other" in result.stderr.splitlines()[-1]
+
+
+def test_a_finished_adapter_without_checkpoints_is_not_lost_by_resuming(data, tiny_base, monkeypatch):
+    monkeypatch.chdir(data)
+    shutil.copytree("whole", "bare")
+    shutil.rmtree("bare/checkpoints")
+    result = train_here(tiny_base, *SETTINGS, "--output_dir", "bare", "--resume")
+    assert result.exit_code == 1 and "bare: holds a finished adapter" in result.stderr.splitlines()[-1]
+    assert adapter_bytes(Path("bare")) == adapter_bytes(Path("whole"))
 
 
 def test_two_runs_do_not_share_a_folder(stopped, tiny_base):
