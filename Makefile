@@ -41,7 +41,7 @@ SAMPLE := $(wildcard tests/sample/*.py)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup link prepare train plan eval iterate promote rollback versions demo test acceptance lint clean FORCE
+.PHONY: help setup link prepare train plan eval iterate promote rollback versions demo test test-peft acceptance lint clean FORCE
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value ...]"; echo; echo "Targets"
@@ -95,6 +95,11 @@ $(DEMO)/base/model.safetensors: $(DEMO)/mondrian/mondrian.db $(SAMPLE) | $(READY
 
 test: $(READY) ## run the tests
 	$(RUN) -m pytest
+
+test-peft: $(READY) ## hold adapters against PEFT and transformers themselves, in .venv-peft (PyTorch)
+	@test -x $(VENV)-peft/bin/python || $(PYTHON) -m venv $(VENV)-peft
+	$(VENV)-peft/bin/pip install -q --disable-pip-version-check -r tests/peft/requirements.txt
+	$(VENV)-peft/bin/python -m pytest --noconftest tests/peft
 
 acceptance: $(READY) ## hold link and prepare against a real tree (MONDRIAN=...) by independent counts
 	MONDRIAN="$(MONDRIAN)" $(RUN) -m pytest tests/acceptance
