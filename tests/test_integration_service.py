@@ -6,6 +6,7 @@ import random
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import mlx_vlm
 import pytest
 from PIL import Image
@@ -172,8 +173,9 @@ def test_reload_and_rollback_under_load_without_a_failed_request(service, offlin
 
 
 def test_a_refused_reload_changes_nothing(service, photos, offline, models):
-    weights = models / "qwen3-vl-4b-lora-ansel-v2" / "adapters.safetensors"
-    whole = weights.read_bytes()
+    folder = models / "qwen3-vl-4b-lora-ansel-v2"
+    weights, config = folder / "adapters.safetensors", folder / "adapter_config.json"
+    whole, as_written = weights.read_bytes(), config.read_bytes()
     deploy(models, "ansel", 2)
     weights.write_bytes(whole[:-1])
     status, _, body = service.post("/lora/reload")
@@ -182,6 +184,17 @@ def test_a_refused_reload_changes_nothing(service, photos, offline, models):
     assert headers["X-Adapter-Version"] == "v1"
     assert answer["response"] == offline["v1", "ansel", photos[0].name, "prepared"]
     weights.write_bytes(whole)
+    # sound in itself, but made for another model
+    mx.save_safetensors(str(weights), {name: mx.zeros((8, 8)) for name in mx.load(str(weights))})
+    (models / "qwen3-vl-4b-lora-ansel-v2" / "adapter_config.json").write_text(
+        '{"lora_parameters": {"rank": 8, "scale": 2}}'
+    )
+    deploy(models, "ansel", 2)
+    status, _, body = service.post("/lora/reload")
+    assert status == 409 and "made for 8 -> 8, the served model has" in json.loads(body)["error"]
+    assert service.get("/health")["lora"]["adapters"]["ansel"]["version"] == "v1"
+    weights.write_bytes(whole)
+    config.write_bytes(as_written)
     deploy(models, "ansel", 1)
     assert service.post("/lora/reload", model_mode="nonsense")[0] == 409
     assert service.post("/lora/reload")[0] == 200

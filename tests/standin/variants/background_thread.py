@@ -55,6 +55,7 @@ def analyze():
     db = sqlite3.connect(DATABASE, timeout=30)
     system = db.execute("SELECT value FROM config WHERE key='system_prompt'").fetchone()[0].replace('<AdvisorName>', advisor)
     prompt = system + '\n\n' + db.execute("SELECT prompt FROM advisors WHERE id=?", (advisor,)).fetchone()[0] + '\n\nAnalyze the provided image.'
+    with db: db.execute("INSERT OR REPLACE INTO jobs (id, advisor, status) VALUES (?, ?, 'queued')", (job_id, advisor))
     db.close()
     threading.Thread(target=process_job, args=(job_id, advisor, path, prompt)).start()
     return jsonify({'job_id': job_id, 'status': 'accepted'}), 202
