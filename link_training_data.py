@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.files import sha256_file, write_atomic, write_json
 from common.linking import NOT_ASKED_FOR, REASONS, Linker, Outcome
 from common.photo_index import Locator, describe_all
-from common.tables import table
+from common.tables import paragraph, table
 
 PHOTO_CACHE = ".photo_cache.db"
 
@@ -62,7 +62,7 @@ def main(db_path, source_dir, analysis_dir, advisor, status, mode, output_dir, o
     linker.photos = describe_all(sorted(paths), output_dir / PHOTO_CACHE, workers)
     summary = Summary(output_dir / output_file, jobs)
     summary.write(linker.outcomes(databases, workers))
-    orphans = sorted(set(analyses.names()) - claimed) if analyses else []
+    orphans = sorted(set(analyses.names()) - claimed - summary.files) if analyses else []
     summary.report(settings, orphans)
     summary.show(advisor, orphans, min_examples)
 
@@ -105,6 +105,7 @@ class Summary:
         self.ids: defaultdict = defaultdict(list)
         self.tallies: defaultdict = defaultdict(Counter)
         self.photos: set[str] = set()
+        self.files: set[str] = set()  # of analyses
 
     def write(self, outcomes: Iterator[Outcome]) -> None:
         """Write both files, or neither when no job can be used."""
@@ -124,6 +125,7 @@ class Summary:
     def _count(self, row: dict) -> None:
         self.linked += 1
         self.photos.add(row["image_sha256"])
+        self.files.update([row["analysis_path"]] if row["analysis_path"] else [])
         self.tallies["source"][f"{row['analysis_source']} ({row['analysis_format']})"] += 1
         self.tallies["mode"][row["mode"] or "(not recorded)"] += 1
         self.tallies["mends"].update(row["mends"])
@@ -162,13 +164,14 @@ class Summary:
         click.echo(f"\nLinked {self.linked:,} jobs of {advisor} with {self.photos_text()} -> {self.manifest}")
         for title, name in (("analyses from", "source"), ("made in mode", "mode"), ("mends", "mends")):
             if self.tallies[name]:
-                click.echo(f"  {title}: " + ", ".join(f"{k} {n:,}" for k, n in sorted(self.tallies[name].items())))
+                counts = ", ".join(f"{key} {count:,}" for key, count in sorted(self.tallies[name].items()))
+                click.echo(paragraph(f"{title}: {counts}", "  ", "  "))
         click.echo(f"Left out: {sum(self.first.values()):,} jobs, each with its reason -> {self.rejected}")
         if orphans:
             click.echo(f"{len(orphans)} analysis files belong to no job, e.g. {Path(orphans[0]).name}")
         if self.linked < min_examples:
             few = f"{self.linked:,} linked jobs are fewer than the recommended {min_examples:,} (--min_examples)"
-            click.echo(f"Warning: {few}", err=True)
+            click.echo(paragraph(f"Warning: {few}"), err=True)
 
     def show_reasons(self) -> None:
         asked = [name for name in REASONS if self.any[name] and name not in NOT_ASKED_FOR]

@@ -11,6 +11,7 @@ Writes to training_data/: training_data_ADVISOR_train.jsonl and ..._val.jsonl (i
 import hashlib
 import statistics
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from common.analysis import DIMENSIONS7, DIMENSIONS8, canonical_name
 from common.candidates import Candidate, Manifest, apply_gates, judge_all, keep_newest, response_of, tallies
 from common.card import data_card, histogram, sheet
 from common.cli import ScriptCommand, print_settings
-from common.database import open_database
+from common.database import open_database, shown
 from common.dataset import messages_row, triplet_row
 from common.errors import UserError
 from common.files import find_input, read_json, sha256_file, write_json, write_jsonl, write_text
@@ -38,7 +39,7 @@ from common.prompts import (
 )
 from common.quality import GATES, Target, placeholders_of, read_levels
 from common.split import Record, assign, settle
-from common.tables import table
+from common.tables import paragraph, table
 
 RECOMMENDED = 60  # examples; below it an adapter learns little
 REASONS = {
@@ -183,7 +184,9 @@ def shown_settings(manifest, advisor, output_dir, row_format, prompt, target, op
         "output_dir": output_dir,
         "format": row_format,
         "prompts": prompt.source,
-        "dimensions": f"{len(target.dimensions)}: {', '.join(target.dimensions)}",
+        "dimensions": textwrap.shorten(
+            f"{len(target.dimensions)}: {', '.join(target.dimensions)}", 70, placeholder=" ..."
+        ),
         **{name: options[name] for name in ("keep", "val_split", "seed", "duplicate_distance")},
         **{name: options[name] for name in ("base_model", "max_seq_length", "max_image_size")},
     }
@@ -293,9 +296,9 @@ class Work:
     def show(self) -> None:
         """Print the summary; its first line says how many analyses carry the example's scores."""
         self._measure()
-        click.echo("\n" + self.copied["text"])
+        click.echo("\n" + paragraph(self.copied["text"]))
         for finding in self.findings:
-            click.echo(f"  - {finding}")
+            click.echo(paragraph(f"- {finding}", "  ", "  "))
         self._show_gates()
         reasons = self._reasons()
         if reasons:
@@ -303,13 +306,16 @@ class Work:
             click.echo("\nLinked, but no examples\n" + table(["reason", "jobs", "meaning and job ids"], rows))
         train, val = (len(self.examples(side)) for side in ("train", "val"))
         photos = Counter(self.side_of.values())
+        click.echo()
         click.echo(
-            f"\n{len(self.candidates):,} linked jobs = {train:,} training examples ({photos['train']:,} photographs) "
-            f"+ {val:,} validation examples ({photos['val']:,}) + {len(self.candidates) - train - val:,} left out"
+            paragraph(
+                f"{len(self.candidates):,} linked jobs = {train:,} training examples ({photos['train']:,} photographs) "
+                f"+ {val:,} validation examples ({photos['val']:,}) + {len(self.candidates) - train - val:,} left out"
+            )
         )
-        click.echo(self.lengths["text"])
+        click.echo(paragraph(self.lengths["text"]))
         for warning in self.warnings:
-            click.echo(f"Warning: {warning}", err=True)
+            click.echo(paragraph(f"Warning: {warning}", hang="  "), err=True)
 
     def _show_gates(self) -> None:
         self.gates = tallies(self.candidates, self.levels)
@@ -321,7 +327,7 @@ class Work:
         quiet = [name for name, gate in self.gates.items() if not gate["found"]]
         click.echo("\nGates\n" + table(["gate", "level", "found", "rejected", "what it finds"], rows))
         if quiet:
-            click.echo("  nothing found: " + ", ".join(quiet))
+            click.echo(paragraph("nothing found: " + ", ".join(quiet), "  ", "  "))
 
     def _reasons(self) -> list[dict]:
         ids = defaultdict(list)
@@ -333,7 +339,7 @@ class Work:
                 "name": name,
                 "jobs": len(ids[name]),
                 "meaning": REASONS[name],
-                "ids": ", ".join(job[:8] for job in ids[name][:8]) + (", ..." if len(ids[name]) > 8 else ""),
+                "ids": ", ".join(shown(job[:8]) for job in ids[name][:8]) + (", ..." if len(ids[name]) > 8 else ""),
             }
             for name in REASONS
             if ids[name]

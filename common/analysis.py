@@ -171,7 +171,8 @@ def _listed_dimensions(value: dict, mends: list[str]) -> list[dict]:
         if dimensions:
             mends.append("flat_dimensions")
     if not isinstance(dimensions, list) or not dimensions:
-        if re.search(r'"(image_)?desc|"dim\w*s"|"overall', json.dumps(value)[:400]):
+        named = {"dimensions", "dimensional_analysis"} & value.keys()
+        if not named and re.search(r'"(image_)?desc|"dim\w*s"|"overall', json.dumps(value)[:400]):
             raise AnalysisError("misspelt_json", f"no dimensions among the keys {_names(value)}")
         raise AnalysisError("no_scores", f"an object without scored dimensions: {_names(value)}")
     if not all(isinstance(item, dict) for item in dimensions):

@@ -183,6 +183,8 @@ class Database:
     def _rows(self, query: str) -> Iterator[tuple]:
         try:
             yield from self.connection.execute(query)
+        except sqlite3.ProgrammingError:
+            raise  # a mistake of this program, not of the database
         except sqlite3.DatabaseError as error:
             raise UserError(f"{self.path}: cannot be read to its end ({error}); copy or repair the database") from error
         if self._immutable and _state(self.path) != self._before:

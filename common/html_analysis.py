@@ -101,7 +101,8 @@ def _read(html: str, advisor: str | None) -> list[_Page]:
     pages = [_Page()]
     section: str | None = None  # what the last heading announced
     card: _Card | None = None
-    breaks = False  # whether a block element began since the last text
+    breaks = False  # whether a space or a block element came since the last text
+    starts = False  # whether a list item began since the last text
     # depth first in document order; with each node goes what the elements around it say that it is
     stack = [(body, "", wanted is None)]
     while stack:
@@ -110,14 +111,17 @@ def _read(html: str, advisor: str | None) -> list[_Page]:
             stack.append((node.next, kind, inside))
         tag = node.tag
         if tag == "-text":
-            text = node.text_content
-            if inside and text and not text.isspace():
-                _place(pages[-1], card, section, kind, f" {text}" if breaks else text)
-                breaks = False
+            text = node.text_content or ""
+            if text.isspace():
+                breaks = True
+            elif inside and text:
+                _place(pages[-1], card, section, kind, f" {text}" if breaks else text, starts)
+                breaks = starts = False
             continue
         if tag in _SILENT:
             continue
         breaks = breaks or tag in _BLOCKS
+        starts = starts or tag == "li"
         attributes = node.attributes or {}
         classes = attributes.get("class") or ""
         if "data-advisor" in attributes:
@@ -157,7 +161,7 @@ def _kind(tag: str, classes: str, around: str) -> str:
     return "item" if tag == "li" and not around else around
 
 
-def _place(page: _Page, card: _Card | None, section: str | None, kind: str, text: str) -> None:
+def _place(page: _Page, card: _Card | None, section: str | None, kind: str, text: str, starts: bool) -> None:
     """Put a text where it belongs: what the elements around it say that it is, else what came before it."""
     if kind == "overall":
         page.sections.setdefault("overall_score", []).append(text)
@@ -170,7 +174,7 @@ def _place(page: _Page, card: _Card | None, section: str | None, kind: str, text
         getattr(card, "comment" if kind == "item" else kind).append(text)
     elif section:
         texts = page.sections.setdefault(section, [])
-        if kind == "item" and text.startswith(" ") or not texts:
+        if kind == "item" and starts or not texts:
             texts.append(text)
         else:
             texts[-1] += text

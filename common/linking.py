@@ -168,11 +168,16 @@ class Linker:
             return outcome
         if isinstance(found, AnalysisError):
             outcome.reasons.append((found.reason, found.detail))
-        path, photo = self._photo(self.locator.find(plain(job["filename"])), outcome)
+        path, photo = self._photo(self._place(job["filename"]), outcome)
         if not outcome.reasons:
             outcome.advisor = self._advisor_of(job)
             outcome.row = self._row(job, found, path, photo, database, system_prompt)
         return outcome
+
+    def _place(self, filename: object) -> Place:
+        if isinstance(filename, AnalysisError):
+            return Place(problem="bad_filename", detail=filename.detail)
+        return self.locator.find(plain(filename))
 
     def _photo(self, place: Place, outcome: Outcome) -> tuple[str, Photo] | tuple[None, None]:
         if place.problem:
@@ -297,7 +302,8 @@ def _found(candidates, files: AnalysisFiles, system_prompt: str, many: bool, wor
 def _tasks(chunk: list) -> list[tuple]:
     tasks = []
     for job, refusal, advisor in chunk:
-        texts = {"id": job["job_id"], **{c: job[c] for c in _TEXTS[:3]}, "prompt": prompt_of(job)}
+        texts = {c: str(job[c]) if isinstance(job[c], int | float) else job[c] for c in _TEXTS[:3]}
+        texts |= {"id": job["job_id"], "prompt": prompt_of(job)}
         tasks.append((refusal, advisor, texts if refusal is None else None))
     return tasks
 

@@ -16,6 +16,7 @@ import re
 import sqlite3
 import stat
 import unicodedata
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.near_duplicates import THUMB_BYTES, perceptual_hash, thumb_of
 from common.photo import PhotoError, load_photo
 
@@ -200,7 +202,7 @@ def describe(path: str) -> Photo:
         return Photo(problem="image_unreadable", detail=f"cannot be read ({error.strerror})")
     known = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             (width, height), orientation, form = image.size, image.getexif().get(0x0112, 1), image.format
         if width * height > MAX_PIXELS and form != "JPEG":
             return Photo(**known, problem="image_bomb", detail=f"{form} of {width} x {height} pixels")
@@ -234,20 +236,24 @@ class PhotoCache:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._open()
-        except sqlite3.DatabaseError:
-            for suffix in ("", "-journal"):
-                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
-            self._open()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._open()
+            except sqlite3.DatabaseError:
+                for suffix in ("", "-journal"):
+                    Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+                self._open()
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise UserError(f"{self.path}: cannot be written ({error}); free space or name another place") from error
 
     def _open(self) -> None:
         self._connection = sqlite3.connect(self.path, timeout=30)
-        if self._connection.execute("PRAGMA user_version").fetchone()[0] != _CACHE_VERSION:
-            self._connection.execute("DROP TABLE IF EXISTS photos")
+        if self._connection.execute("PRAGMA user_version").fetchone()[0] == _CACHE_VERSION:
+            return
+        self._connection.execute("DROP TABLE IF EXISTS photos")
         self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS photos (path TEXT PRIMARY KEY, mtime INTEGER, size INTEGER, sha256 TEXT, "
+            "CREATE TABLE photos (path TEXT PRIMARY KEY, mtime INTEGER, size INTEGER, sha256 TEXT, "
             "width INTEGER, height INTEGER, orientation INTEGER, thumb BLOB, problem TEXT, detail TEXT)"
         )
         self._connection.execute(f"PRAGMA user_version = {_CACHE_VERSION}")
@@ -262,6 +268,8 @@ class PhotoCache:
 
     def put(self, photos: dict[str, Photo], stamps: dict[str, tuple[int, int]]) -> None:
         """Keep what was learnt; ``stamps`` were taken before the files were read."""
+        if not photos:
+            return
         rows = [
             (_cache_key(path), stamps[path][0], p.size, p.sha256, p.width, p.height, p.orientation, p.thumb)
             + (p.problem, p.detail)

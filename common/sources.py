@@ -63,6 +63,7 @@ _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\r?\n?(.*?)(?:\n?```|\Z)", re.S)
 _HEADING = re.compile(r"^#{1,6}[ \t]+\S.*$", re.M)
 _TURN = re.compile(r"(?:^|\n)(?:<\|im_start\|>)?assistant[ \t]*:?[ \t]*\n", re.I)
 _PATH = re.compile(r"[^<>{}\0]{1,1000}\.(?:md|markdown|json|html?|txt)", re.I)
+_ANSWERS = ("response", "output", "content", "text", "html", "analysis")  # keys of llm_outputs under which it stands
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _STUB = 400  # a text without an object and shorter than this is a stub
 
@@ -170,21 +171,27 @@ def _outputs(text: str, advisor: str) -> Iterator[str | AnalysisError]:
         yield text
         return
     if isinstance(value, dict) and not looks_like_analysis(value):
-        own = [item for key, item in value.items() if key.strip().lower() == advisor.strip().lower()]
+        own = [item for key, item in value.items() if advisor.strip().lower() in key.lower()]
         if own:
             value = own[0]
-        elif value and all(isinstance(item, str) and is_html_analysis(item) for item in value.values()):
+        elif value and not {"prompt", *_ANSWERS} & value.keys() and all(map(_is_answer, value.values())):
             names = ", ".join(str(key)[:30] for key in value)
             yield AnalysisError("wrong_advisor", f"holds the analysis of {names[:80]}, not of {advisor}")
             return
     if isinstance(value, dict) and not looks_like_analysis(value):
-        keys = ("response", "output", "content", "text", "html", "analysis")
-        answers = [value[key] for key in keys if key in value]
+        answers = [value[key] for key in _ANSWERS if key in value]
         value = next((answer for answer in answers if answer), None) if answers or "prompt" in value else value
     if isinstance(value, str):
         yield value if value.strip() != "{}" else ""
     elif value:
         yield json.dumps(value, ensure_ascii=False)
+
+
+def _is_answer(value: object) -> bool:
+    """Tell whether an entry of `llm_outputs` is an analysis, and so its key the name of an advisor."""
+    if isinstance(value, str):
+        return is_html_analysis(value) or '"dimensions"' in value or '"dimensional_analysis"' in value
+    return looks_like_analysis(value)
 
 
 class AnalysisFiles:
@@ -355,6 +362,8 @@ def _diagnosis(text: str, echoed: bool, thought: bool) -> AnalysisError:
         keys = list(max(objects, key=len))
         if any(str(key).lower() in ("error", "detail", "exception") for key in keys) and len(keys) <= 4:
             return AnalysisError("error_page", quote)
+        if any(re.match(r"image_desc|dim\w*s$|overall_|key_str", str(key)) for key in keys):
+            return AnalysisError("misspelt_json", f"no dimensions among the keys {', '.join(map(str, keys))[:80]}")
         return AnalysisError("no_scores", f"an object with {', '.join(str(key)[:30] for key in keys[:6])}")
     if _ERROR.search(plain):
         return AnalysisError("error_page", _ERROR.split(plain)[0][-20:] + plain[_ERROR.search(plain).start() :][:70])
