@@ -427,6 +427,7 @@ def _read_folder(folder: Path, expected: dict) -> tuple[dict, str, dict]:
     if not config_file.is_file():
         raise LoraError(f"{folder}: no adapter_config.json beside {file.name}; without it the scale is unknown")
     config = _read_json(config_file)
+    _check_plain(config, config_file)
     for name in expected:
         if name.endswith((".json", ".safetensors")) and "/" not in name and (folder / name).is_file():
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected[name]:
@@ -441,6 +442,18 @@ def _read_folder(folder: Path, expected: dict) -> tuple[dict, str, dict]:
         raise LoraError(f"{config_file}: lora_parameters.scale is {both[0]:g} but lora_alpha / r is {both[1]:g}")
     digest = hashlib.sha256(f"{digest} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
     return updates, digest, _training_notes(folder)
+
+
+def _check_plain(config: dict, path: Path) -> None:
+    """Refuse what is more than LoRA; tensors that do not belong (trained biases) are refused where they are met."""
+    kinds = ("use_dora", "modules_to_save", "fan_in_fan_out", "megatron_config")
+    unsupported = [key for key in kinds if config.get(key)]
+    if config.get("fine_tune_type") in ("dora", "full"):
+        unsupported.append(f"fine_tune_type {config['fine_tune_type']}")
+    if config.get("peft_type") not in (None, "LORA"):
+        unsupported.append(f"peft_type {str(config['peft_type'])[:40]}")
+    if unsupported:
+        raise LoraError(f"{path}: {', '.join(unsupported)}: not plain LoRA")
 
 
 def _read_json(path: Path) -> dict:
@@ -535,17 +548,6 @@ def _pair(file: Path, tensors: dict, config: dict) -> dict:
     """Return {module: (a [in, r], b [r, out], scale, dtype)} from a file's tensors and its config."""
     import numpy as np
 
-    unsupported = [
-        key for key in ("use_dora", "modules_to_save", "fan_in_fan_out", "megatron_config") if config.get(key)
-    ]
-    if config.get("fine_tune_type") in ("dora", "full"):
-        unsupported.append(f"fine_tune_type {config['fine_tune_type']}")
-    if config.get("bias") not in (None, "none"):
-        unsupported.append(f"bias {config['bias']}")
-    if config.get("peft_type") not in (None, "LORA"):
-        unsupported.append(f"peft_type {config['peft_type']}")
-    if unsupported:
-        raise LoraError(f"{file.parent / 'adapter_config.json'}: {', '.join(map(str, unsupported))}: not plain LoRA")
     halves, problems = {}, []
     for key, (values, dtype) in tensors.items():
         named = module_name(key)
@@ -1009,11 +1011,13 @@ def analysis_problem(text: str | None, prompt: str = "") -> str | None:
 
 def parse_analysis(text: str) -> dict | None:
     """Return the JSON object in an answer, or None."""
+    text = re.sub(r"<(think|thought|thinking)>.*?</\1>", "", text, flags=re.S)
     start, end = text.find("{"), text.rfind("}")
     if not 0 <= start < end:
         return None
+    decoder = json.JSONDecoder(parse_constant=lambda name: float("nan"))
     try:
-        found = json.loads(text[start : end + 1], parse_constant=lambda name: float("nan"))
+        found, _ = decoder.raw_decode(text, start)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -59,6 +59,7 @@ GOOD = '{"dimensions": [{"name": "Composition", "score": 8}, {"name": "Lighting"
         (GOOD, None),
         (f"```json\n{GOOD}\n```", None),
         ('{"dimensional_analysis": {"composition": {"score": "8/10"}}}', None),
+        (f"<think>Is it {{good}}?</think>{GOOD} I hope that helps }}", None),
         (None, "no answer"),
         (" \n", "no answer"),
         (GOOD[:-3], "no JSON object"),
