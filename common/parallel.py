@@ -48,5 +48,7 @@ def join_processes() -> Processes:
     """Join the processes that `mlx.launch` or mpirun started with this one; alone if there are none."""
     if not any(name in os.environ for name in LAUNCHED_BY):
         return Processes()
-    group = mx.distributed.init()
+    # named, so that a missing engine is an error and not a silent group of one
+    backend = "nccl" if "NCCL_HOST_IP" in os.environ else "ring" if "MLX_HOSTFILE" in os.environ else "any"
+    group = mx.distributed.init(strict=True, backend=backend)
     return Processes(group.rank(), group.size(), group)
