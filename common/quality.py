@@ -50,7 +50,7 @@ GATES = {
     "mends": Gate("off", "was readable only after mending (--no_mend: reject)"),
 }
 
-_MIN_LETTERS, _MAX_WORDS = 12, 120
+_MIN_LETTERS, _MAX_WORDS = 8, 120
 _GRAMMAR = 0.2  # real analyses have 0.34 to 0.46 small words; the runaway ones in the same database 0.08 to 0.12
 _ENGLISH = frozenset(
     re.findall(
