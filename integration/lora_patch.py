@@ -13,6 +13,7 @@ here returns at once and nothing changes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import contextvars
 import functools
 import hashlib
@@ -1098,10 +1099,10 @@ class Service:
         self.mode, self.split, self.problem = "base", DEFAULTS["ab_test_split"], None
         self.asked: str | None = None  # the mode that /lora/reload was given
         self.model = self.base_name = self.base = None
-        self.started = False
+        self.started, self.warned = False, set()
         self.jobs_db, self.recording = None, "not started"
         self.pending: deque = deque(maxlen=1000)  # [value of each of COLUMNS, job id, tries]
-        self.not_before = 0.0
+        self.not_before, self.later = 0.0, None
         self.counts, self.prompts = Counter(), Counter()
 
     @property
@@ -1183,7 +1184,9 @@ class Service:
             self.base = read_base(str(self.base_name))
         for adapter in set_of(table):
             for warning in check_base(adapter, self.base):
-                say(logging.WARNING, warning)
+                if warning not in self.warned:
+                    say(logging.WARNING, warning)
+                self.warned.add(warning)
             if self.model is not None:
                 make_switchable(self.model, adapter)
 
@@ -1192,11 +1195,11 @@ class Service:
         with self.reloading:
             before = {advisor: adapter.version for advisor, adapter in self.table.items()}
             sources, implied = find_sources(flags["lora_path"], flags["model_config"])
-            self.asked = mode or self.asked  # what was asked for by hand holds until it is asked for otherwise
-            mode = self.asked or self.wanted_mode(implied)
+            asked = mode or self.asked  # what was asked for by hand holds until it is asked for otherwise
+            mode = asked or self.wanted_mode(implied)
             table = {} if mode == "base" else self.read(sources)
             self.fit(table)
-            self.table, self.mode, self.problem = table, mode, None
+            self.table, self.mode, self.problem, self.asked = table, mode, None, asked
             self.split = self.split if split is None else split
         after = {advisor: adapter.version for advisor, adapter in table.items()}
         say(logging.INFO, f"reloaded: {mode}, {after or 'no adapter'} (before: {before or 'no adapter'})")
@@ -1223,20 +1226,18 @@ class Service:
         scope = _scope.get()
         if scope is not None:
             scope.jobs.append(job)
-        _job.set(job)
         return job
 
     def current_job(self) -> Job:
         """Return the job that `choose` was called for; without such a call, one made from the request's own fields."""
-        job = _job.get()
-        if job is None:
-            fields = _request_fields()
-            job = self.choose(fields.get("job_id"), fields.get("advisor"), fields.get("override"))
-        return job
+        if (job := _job.get()) is not None:
+            return job
+        fields = _request_fields()
+        return self.choose(fields.get("job_id"), fields.get("advisor"), fields.get("override"))
 
-    def generate(self, function, args: tuple, kwargs: dict):
+    def generate(self, function, args: tuple, kwargs: dict, job: Job | None = None):
         """Run mlx_vlm.generate, or a function that returns an answer, in the job's arm; see `generation`."""
-        job = self.current_job()
+        job = job or self.current_job()
         call = _Call(function, args, kwargs)
         with self.generating:
             use_adapter = self.settle(job)
@@ -1261,16 +1262,17 @@ class Service:
                 self.finish(job, call.prompt)
 
     def stream(self, function, args: tuple, kwargs: dict):
-        """The same for one that yields its answer. With a retry on the base in prospect, nothing is passed on before
-        the answer has been found good: what has been sent cannot be taken back."""
-        if flags["fallback_on_invalid"]:
-            yield from self.generate(functools.wraps(function)(lambda *a, **k: list(function(*a, **k))), args, kwargs)
-            return
+        """The same for one that yields its answer. With a retry on the base in prospect, nothing of the adapter's is
+        passed on before it has been found good: what has been sent cannot be taken back."""
         job = self.current_job()
+        if job.arm == "fine_tuned" and flags["fallback_on_invalid"]:
+            whole = functools.wraps(function)(lambda *positional, **named: list(function(*positional, **named)))
+            yield from self.generate(whole, args, kwargs, job)
+            return
         call = _Call(function, args, kwargs)
         with self.generating:
             use_adapter = self.settle(job)
-            begun, pieces, error = time.perf_counter(), [], None
+            begun, pieces, error, ended = time.perf_counter(), [], None, False
             use = _Use(job.adapter) if use_adapter else None
             try:
                 with _prepared(call, job.adapter.max_image_size if use_adapter or job.in_test else None):
@@ -1280,14 +1282,15 @@ class Service:
                             try:
                                 piece = next(steps)
                             except StopIteration:
+                                ended = True
                                 break
                         pieces.append(piece)
                         yield piece
             except Exception as problem:
-                error = _one_line(problem)
+                error, ended = _one_line(problem), True
                 raise
             finally:
-                if use_adapter:
+                if use_adapter and ended:  # a reader who turned away says nothing about the answer
                     self.judge(job, error or self.problem_of(pieces, use.happened, call), time.perf_counter() - begun)
                 job.seconds += time.perf_counter() - begun
                 self.finish(job, call.prompt)
@@ -1351,10 +1354,10 @@ class Service:
         if self.jobs_db is None or not prompt or advisor is None:
             return "unknown"
         try:
-            with _closing(_connect(self.jobs_db, "ro")) as db:
+            with contextlib.closing(_connect(self.jobs_db, "ro")) as db:
                 system = db.execute("SELECT CAST(value AS TEXT) FROM config WHERE key = 'system_prompt'").fetchone()
                 own = db.execute("SELECT CAST(prompt AS TEXT) FROM advisors WHERE id = ?", (advisor,)).fetchone()
-        except sqlite3.Error:
+        except (sqlite3.Error, LoraError):
             return "unknown"
         if not system or not own or not system[0] or not own[0]:
             return "unknown"
@@ -1373,7 +1376,7 @@ class Service:
             if not self.pending or time.monotonic() < self.not_before:
                 return
             try:
-                with _closing(_connect(self.jobs_db, "rw")) as db:
+                with contextlib.closing(_connect(self.jobs_db, "rw")) as db:
                     key = _columns(db)[0]
                     assignments = ", ".join(f"{column} = ?" for column in COLUMNS)
                     for _ in range(len(self.pending)):
@@ -1388,15 +1391,19 @@ class Service:
                 self.not_before = time.monotonic() + 2  # the next requests do not wait for it one after another
                 waiting = f"{len(self.pending)} job(s) wait to be recorded"
                 say(logging.WARNING, f"{self.jobs_db}: {waiting} ({_one_line(error)})")
-            if self.pending:
-                later = threading.Timer(2.1, self.write_pending)
-                later.daemon = True
-                later.start()
+            if self.pending and not (self.later and self.later.is_alive()):
+                self.later = threading.Timer(2.1, self.write_later)
+                self.later.daemon = True
+                self.later.start()
+
+    def write_later(self) -> None:
+        self.later = None
+        self.write_pending()
 
     def open_jobs(self, path: str | os.PathLike | None) -> None:
         """Find the database and add the columns; what stands in the way is said, and the service runs without."""
         path = flags["jobs_db"] or path or "mondrian.db"
-        self.jobs_db = Path(path)
+        self.jobs_db = Path(path).absolute()
         try:
             added = migrate(self.jobs_db)
             self.recording = "on"
@@ -1620,7 +1627,8 @@ def choose(job_id=None, advisor=None) -> None:
     """Say, before the model is asked, which job this is and whose voice it wants: that decides its arm."""
     if _service.is_on:
         fields = _request_fields()
-        _service.choose(job_id or fields.get("job_id"), advisor or fields.get("advisor"), fields.get("override"))
+        job = _service.choose(job_id or fields.get("job_id"), advisor or fields.get("advisor"), fields.get("override"))
+        _job.set(job)
 
 
 def carry(function):
@@ -1763,17 +1771,6 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     return sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode={mode}", uri=True, timeout=5, isolation_level=None)
 
 
-class _closing:
-    def __init__(self, db: sqlite3.Connection):
-        self.db = db
-
-    def __enter__(self):
-        return self.db
-
-    def __exit__(self, *exception):
-        self.db.close()
-
-
 def _columns(db: sqlite3.Connection) -> tuple[str, set[str]]:
     """Return the jobs table's key column and all its columns."""
     names = [row[1] for row in db.execute("PRAGMA table_info(jobs)")]
@@ -1801,7 +1798,7 @@ def _lock(db: sqlite3.Connection, seconds: float = 30) -> None:
 
 def migrate(path: Path) -> list[str]:
     """Add the columns that the jobs table lacks; returns them. All or none, once only, beside a running service."""
-    with _closing(_connect(path, "rw")) as db:
+    with contextlib.closing(_connect(path, "rw")) as db:
         if set(COLUMNS) <= _columns(db)[1]:
             return []
         _lock(db)
@@ -1824,7 +1821,7 @@ def read_jobs(path: Path, days: float) -> list[dict]:
         db.execute("SELECT 1 FROM sqlite_master").fetchone()
     except sqlite3.Error:  # a WAL database in a folder that cannot be written
         db = sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro&immutable=1", uri=True)
-    with _closing(db):
+    with contextlib.closing(db):
         try:
             key, names = _columns(db)
         except sqlite3.Error as error:

@@ -122,7 +122,9 @@ def test_a_flag_allows_a_request_to_choose_its_arm(service, offline, photos):
         assert answer["response"] == offline[expected, "ansel", photos[0].name, "prepared"]
 
 
-def test_health_says_what_is_served(service, models, tiny_base):
+def test_health_says_what_is_served(service, models, tiny_base, photos):
+    before = service.get("/health")["lora"]["arms"]
+    used = service.analyze(photos[0], "ansel", "counted")[0]["X-Model-Used"]
     health = service.get("/health")
     assert health["status"] == "UP" and health["model_mode"] == "ab_test"
     lora = health["lora"]
@@ -131,7 +133,8 @@ def test_health_says_what_is_served(service, models, tiny_base):
     assert (ansel["version"], ansel["rank"], ansel["trained_on"]) == ("v1", 4, str(tiny_base))
     assert ansel["breaker"]["state"] == lora["breaker"] == "closed"
     assert lora["base_fingerprint"]["name"] == str(tiny_base)
-    assert lora["arms"]["ab_test_fine_tuned"] > 10 and lora["problem"] is None and lora["recording"] == "on"
+    assert lora["arms"] == before | {used: before[used] + 1}
+    assert lora["problem"] is None and lora["recording"] == "on"
     assert set(lora["prompts"]) == {"as_trained"}  # the prompt sent is the one that training builds
 
 
@@ -281,7 +284,8 @@ def test_fine_tuned_with_an_unusable_adapter_refuses_to_start_with_one_line(tmp_
 def test_ab_test_with_an_unusable_adapter_serves_the_base_and_says_so(
     tmp_path, tiny_base, sample_tree, photos, offline
 ):
-    flags = ("--mlx_model", tiny_base, *ANSWERING, "--model_mode", "ab_test", "--lora_path", tmp_path)
+    lacking = ("--lora_path", tmp_path, "--jobs_db", tmp_path / "none.db")
+    flags = ("--mlx_model", tiny_base, *ANSWERING, "--model_mode", "ab_test", *lacking)
     with RunningService(tmp_path / "s", STANDIN, sample_tree / "mondrian.db", *flags) as running:
         running.wait()
         assert "THE ADAPTER IS NOT IN USE" in running.said()
@@ -289,6 +293,13 @@ def test_ab_test_with_an_unusable_adapter_serves_the_base_and_says_so(
         headers, answer = running.analyze(photos[1], "ansel", "j")
         assert headers["X-Model-Used"] == "base"
         assert answer["response"] == offline["base", "ansel", photos[1].name, "as it is"]
+        # when the adapter is there after all, the service takes it; without a jobs table nothing is recorded
+        make_adapter(tmp_path / "v1", tiny_base, 1)
+        assert running.post("/lora/reload", model_mode="fine_tuned")[0] == 200
+        headers, _ = running.analyze(photos[1], "ansel", "k")
+        assert headers["X-Model-Used"] == "fine_tuned" and headers["X-Adapter-Version"] == "v1"
+        health = running.get("/health")["lora"]
+        assert health["problem"] is None and health["recording"].startswith("off: ")
 
 
 def test_an_unusable_answer_is_retried_on_the_base_and_the_breaker_goes_off(
