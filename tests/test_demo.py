@@ -113,7 +113,7 @@ def test_the_result_says_where_the_report_is_and_fails_for_an_unexpected_gate(wo
     path = folder / "evaluation/comparison_report.json"
     result = CliRunner().invoke(demo_result, [str(path)])
     assert result.exit_code == 0, result.output
-    assert f"Report: {path.with_suffix('.html')}\n" in result.output
+    assert f"Report:  {path.with_suffix('.html')}\n" in result.output
 
     report = json.loads(path.read_text())
     for gate in report["gates"]:
