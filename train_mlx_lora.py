@@ -51,7 +51,7 @@ from common.optimizer import AdamW, clip, learning_rate_at, warmup_within
 from common.parallel import Processes, join_processes
 from common.photo import MAX_IMAGE_SIZE
 from common.plan import AUTO, Layout, check_numbers, choose_layout, limit_cache, print_plan, whole_number
-from common.progress import TrainingLog, make_reporter, say
+from common.progress import TrainingLog, make_reporter, require_reporter, say
 from common.run_folder import RunFolder, data_differences, refuse_differences, take_over
 from common.step import Batch, collate, loss_only, pack_lora, packed_loss_and_grads, unpack_lora
 from common.training_data import DataFile, check_apart, read_data, report_overlong, resolve_paths
@@ -107,6 +107,7 @@ COUNT, POSITIVE = click.IntRange(0), click.IntRange(1)
 def main(ctx: click.Context, **options) -> None:
     settings, processes = SimpleNamespace(**options), join_processes()
     check_numbers(settings)
+    require_reporter(settings.report_to)
     resolve_paths(settings)
     folder, found = open_folder(settings, processes)
     differences = take_over(vars(settings), typed_options(ctx), found[1]["settings"]) if found else []
@@ -309,10 +310,9 @@ class Run:
             self._restore(*found)
         self.log, self.reporter = None, None
         if processes.first:
-            # the reporter first: its library may be missing, and then nothing must have been touched
-            self.reporter = make_reporter(settings.report_to, self.folder.path, vars(settings))
             if said := self.folder.claim(fresh=not found):
                 click.echo(said)
+            self.reporter = make_reporter(settings.report_to, self.folder.path, vars(settings))
             self.log = TrainingLog(self.folder.path, self.position.step if found else None)
 
     def _restore(self, checkpoint: Path, state: dict) -> None:

@@ -1,5 +1,6 @@
 """What the person who waits sees: a log line a report, a loss curve that grows, TensorBoard or wandb on request."""
 
+import importlib.util
 import json
 import os
 import time
@@ -72,11 +73,9 @@ class NoReporter:
 
 
 class TensorBoardReporter(NoReporter):
-    def __init__(self, folder: Path):
-        try:
-            from tensorboard.summary import Writer
-        except ImportError as error:
-            raise UserError("--report_to tensorboard: not installed; pip install tensorboard") from error
+    def __init__(self, folder: Path, settings: dict):
+        from tensorboard.summary import Writer
+
         self.writer = Writer(str(folder / "tensorboard"))
 
     def report(self, row: dict) -> None:
@@ -89,12 +88,9 @@ class TensorBoardReporter(NoReporter):
 
 class WandbReporter(NoReporter):
     def __init__(self, folder: Path, settings: dict):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--report_to wandb: not installed; pip install wandb") from error
+        import wandb
+
         os.environ.setdefault("WANDB_SILENT", "true")
-        # the folder's name stands for the run, so a resumed run goes on in the same place
         self.run = wandb.init(project="mondrian-lora", name=folder.name, dir=str(folder), config=settings)
 
     def report(self, row: dict) -> None:
@@ -104,13 +100,18 @@ class WandbReporter(NoReporter):
         self.run.finish()
 
 
+REPORTERS = {"tensorboard": TensorBoardReporter, "wandb": WandbReporter}
+
+
+def require_reporter(kind: str) -> None:
+    """UserError when the library that ``--report_to`` needs is not installed; nothing is imported or written."""
+    if kind in REPORTERS and importlib.util.find_spec(kind) is None:
+        raise UserError(f"--report_to {kind}: not installed; pip install {kind}")
+
+
 def make_reporter(kind: str, folder: Path, settings: dict) -> NoReporter:
-    """Return the reporter that ``--report_to`` names; UserError when its library is not installed."""
-    if kind == "tensorboard":
-        return TensorBoardReporter(folder)
-    if kind == "wandb":
-        return WandbReporter(folder, settings)
-    return NoReporter()
+    """Return the reporter that ``--report_to`` names; ``folder`` must be there."""
+    return REPORTERS[kind](folder, settings) if kind in REPORTERS else NoReporter()
 
 
 def _figures(row: dict) -> list[tuple[str, float]]:
