@@ -1679,14 +1679,10 @@ def start(app, get_model=None, db_path=None):
     app.add_url_rule("/lora/rearm", "lora_rearm", _route_rearm, methods=["POST"])
     for advisor, adapter in _service.table.items():
         who = "every advisor" if advisor == EVERYONE else advisor
-        say(
-            logging.INFO,
-            f"{who}: {adapter.path} ({adapter.version}, rank {adapter.ranks}, {adapter.nbytes / 1e6:.1f} MB)",
-        )
-    say(
-        logging.INFO,
-        f"model mode {_service.mode}" + (f", split {_service.split:g}" if _service.mode == "ab_test" else ""),
-    )
+        ranks = ", ".join(map(str, adapter.ranks))
+        say(logging.INFO, f"{who}: {adapter.path} ({adapter.version}, rank {ranks}, {adapter.nbytes / 1e6:.1f} MB)")
+    split = f", split {_service.split:g}" if _service.mode == "ab_test" else ""
+    say(logging.INFO, f"model mode {_service.mode}{split}")
     return app
 
 
@@ -1740,16 +1736,17 @@ def _route_reload():
     flask = sys.modules["flask"]
     if refused := _refused():
         return refused
-    asked = flask.request.get_json(silent=True) or flask.request.values
+    asked = flask.request.get_json(silent=True)
+    asked = asked if isinstance(asked, dict) else flask.request.values
     mode, split = asked.get("model_mode"), asked.get("ab_test_split")
     try:
         if mode is not None and mode not in MODES:
             raise LoraError(f"model_mode {str(mode)[:40]!r} is none of {', '.join(MODES)}")
         split = None if split is None else _share(str(split))
         return flask.jsonify(_service.reload(mode, split))
-    except (LoraError, ValueError, argparse.ArgumentTypeError) as error:
-        say(logging.ERROR, f"reload refused, everything stays as it is: {error}")
-        return flask.jsonify(status="refused", error=str(error), model_mode=_service.mode), 409
+    except (ValueError, OSError, MemoryError, argparse.ArgumentTypeError) as error:
+        say(logging.ERROR, f"reload refused, everything stays as it is: {_one_line(error)}")
+        return flask.jsonify(status="refused", error=_one_line(error), model_mode=_service.mode), 409
 
 
 def _route_rearm():
