@@ -9,6 +9,7 @@ Writes to training_data/: training_data_ADVISOR_train.jsonl and ..._val.jsonl (i
 """
 
 import hashlib
+import re
 import statistics
 import sys
 import textwrap
@@ -105,20 +106,22 @@ def shares(train: float | None, val: float | None) -> float:
 
 
 def choose_advisor(manifest: Manifest, advisor: str | None) -> tuple[str, list[Path]]:
-    """Return (advisor, databases that its jobs come from); UserError with the choice when it must be named."""
+    """Return (advisor as the manifest spells it, databases of its jobs); UserError with the choice that there is."""
     counts: Counter = Counter()
     databases: dict[str, dict[str, None]] = defaultdict(dict)
     for _, row in manifest.rows("reading"):
-        counts[row["advisor"].lower()] += 1
+        counts[row["advisor"]] += 1
         if isinstance(row.get("database"), str):
             databases[row["advisor"].lower()][row["database"]] = None
     there = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common(20)) or "none; link jobs first"
-    if advisor is None and len(counts) != 1:
+    if advisor is None and len({name.lower() for name in counts}) != 1:
         raise UserError(f"{manifest.path}: name one of its advisors with --advisor: {there}")
-    advisor = next(iter(counts)) if advisor is None else advisor.strip().lower()
-    if advisor not in counts:
+    spelled = [name for name, _ in counts.most_common() if advisor is None or name.lower() == advisor.strip().lower()]
+    if not spelled:
         raise UserError(f"{manifest.path}: no jobs of {advisor!r}; advisors in it: {there}")
-    return advisor, list(map(Path, databases[advisor]))
+    if not re.fullmatch(r"\w[\w .-]*", spelled[0]):
+        raise UserError(f"{manifest.path}: {shown(spelled[0])!r} cannot be part of a file name; rename the advisor")
+    return spelled[0], list(map(Path, databases[spelled[0].lower()]))
 
 
 @dataclass(frozen=True)

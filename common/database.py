@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import click
+
 from common.analysis import AnalysisError
 from common.errors import UserError
 from common.sources import MAX_TEXT, as_text
@@ -32,10 +34,7 @@ def find_databases(paths: tuple[str | os.PathLike, ...]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [file for file in sorted(path.glob("*.db")) if _has_jobs(file)]
-            if not inside:
-                raise UserError(f"{path}: no Mondrian database (*.db with a table jobs) in it; name one with --db_path")
-            found += inside
+            found += _inside(path)
         elif path.exists():
             found.append(path)
         else:
@@ -44,16 +43,28 @@ def find_databases(paths: tuple[str | os.PathLike, ...]) -> list[Path]:
     newest = {}
     for file in found:
         with open_database(file) as database:
-            newest[file] = database.newest()
+            newest[file] = database.newest() if len(found) > 1 else ""
     return sorted(found, key=lambda file: (newest[file], file.name), reverse=True)
 
 
-def _has_jobs(path: Path) -> bool:
-    try:
-        with open_database(path):
-            return True
-    except UserError:
-        return False
+def _inside(folder: Path) -> list[Path]:
+    """Return the Mondrian databases in a folder; other databases are passed over, damaged ones are not."""
+    found, problems = [], []
+    for file in sorted(folder.glob("*.db")):
+        try:
+            with open_database(file):
+                found.append(file)
+        except NoMondrianDatabase as error:
+            problems.append(error.message)
+    if not found:
+        raise UserError(problems[0] if problems else f"{folder}: no database (*.db) in it; name one with --db_path")
+    for problem in problems:
+        click.echo(f"passed over {problem}", err=True)
+    return found
+
+
+class NoMondrianDatabase(UserError):
+    """A whole file that is no database, or one of something else."""
 
 
 class Database:
@@ -86,7 +97,7 @@ class Database:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
         if header[:16] != b"SQLite format 3\0":
-            raise UserError(f"{self.path}: not an SQLite database; name Mondrian's mondrian.db")
+            raise NoMondrianDatabase(f"{self.path}: not an SQLite database; name Mondrian's mondrian.db")
         wal = Path(f"{self.path}-wal")
         in_wal_mode = header[18:20] == b"\x02\x02"
         if in_wal_mode and not wal.exists():
@@ -121,10 +132,12 @@ class Database:
         except sqlite3.DatabaseError as error:
             raise UserError(f"{self.path}: cannot be read ({error})") from error
         if not columns:
-            raise UserError(f"{self.path}: no table jobs in it; name Mondrian's database with --db_path")
+            raise NoMondrianDatabase(f"{self.path}: no table jobs in it; name Mondrian's database with --db_path")
         lacking = [name for name in NEEDED if name not in columns]
         if lacking:
-            raise UserError(f"{self.path}: table jobs lacks the column(s) {', '.join(lacking)}; is it Mondrian's?")
+            raise NoMondrianDatabase(
+                f"{self.path}: table jobs lacks the column(s) {', '.join(lacking)}; is it Mondrian's?"
+            )
         return columns
 
     def _has_rowid(self) -> bool:
@@ -137,8 +150,10 @@ class Database:
     def newest(self) -> str:
         """Return the time of the newest job, in a form that sorts; "" without one."""
         times = [name for name in ("created_at", "completed_at") if name in self.columns]
-        values = [self._value(f"SELECT max({name}) FROM jobs") for name in times]
-        return max((sortable_time(value) for value in values), default="")
+        if not times:
+            return ""
+        (values,) = self._rows(f"SELECT {', '.join(f'max({name})' for name in times)} FROM jobs")
+        return max(sortable_time(shown(value)) for value in values if value is not None) if any(values) else ""
 
     def advisors(self) -> dict[str, int]:
         """Return {advisor: number of its jobs}, most jobs first."""

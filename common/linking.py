@@ -5,10 +5,8 @@ for outcome in linker.outcomes(databases): ...
 """
 
 import base64
-import concurrent.futures
 import functools
 import itertools
-import multiprocessing
 import os
 import re
 from collections import Counter, deque
@@ -20,7 +18,7 @@ from tqdm import tqdm
 
 from common.analysis import DIMENSIONS7, AnalysisError
 from common.database import Database, open_database, shown
-from common.photo_index import Locator, Photo, Place
+from common.photo_index import Locator, Photo, Place, worker_pool
 from common.prompts import prompt_dimensions, prompt_example_scores, read_prompts
 from common.sources import REASONS as ANALYSIS_REASONS
 from common.sources import AnalysisFiles, Asked, Found, example_of, find_analysis
@@ -284,8 +282,7 @@ def _found(candidates, files: AnalysisFiles, system_prompt: str, many: bool, wor
         for chunk in chunks:
             yield from zip((c[0] for c in chunk), _read_chunk(_tasks(chunk), files, system_prompt), strict=True)
         return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (files, system_prompt)) as pool:
+    with worker_pool(workers, _start_worker, files, system_prompt) as pool:
         waiting: deque = deque()  # never more than a few chunks in memory
         for chunk in chunks:
             waiting.append(([c[0] for c in chunk], pool.submit(_work, _tasks(chunk))))

@@ -7,18 +7,20 @@
 Nothing outside the folder is ever opened: not by "..", not by an absolute path, not through a symbolic link.
 """
 
-import concurrent.futures
+import contextlib
 import hashlib
 import io
 import multiprocessing
 import os
 import re
+import signal
 import sqlite3
 import stat
 import unicodedata
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,7 @@ MAX_BYTES = 512_000_000  # of a photograph's file
 MAX_PIXELS = 100_000_000  # of a format that cannot be decoded in part; `load_photo` bounds JPEG
 _UUID_PREFIX = re.compile(r"^(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|[0-9a-fA-F]{32})_(?=.)")
 _CACHE_VERSION = 1
+_CHUNK = 8  # photographs that a worker is given at a time
 _THUMB_LOAD = 256  # pixels of the long side at which a photograph is decoded for its hash
 
 
@@ -319,20 +322,46 @@ def describe_all(paths: Iterable[str], cache_path: str | os.PathLike, workers: i
 
 
 def _described(paths: list[str], workers: int | None) -> Iterable[tuple[str, Photo]]:
-    workers = min(workers or os.cpu_count() or 1, len(paths) // 8)
+    """Yield (path, Photo) in order. A file that kills its decoder costs its pool; those in flight with it are then
+    looked at one by one, each in a process of its own, and a new pool takes the rest.
+    """
+    workers = min(workers or os.cpu_count() or 1, len(paths) // _CHUNK)
     if workers < 2:
         yield from ((path, describe(path)) for path in paths)
         return
     at = 0
-    try:
-        with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for photo in pool.map(describe, paths, chunksize=8):
-                yield paths[at], photo
+    while at < len(paths):
+        try:
+            with worker_pool(workers) as pool:
+                for photo in pool.map(describe, paths[at:], chunksize=_CHUNK):
+                    yield paths[at], photo
+                    at += 1
+        except BrokenProcessPool:
+            for path in paths[at : at + 2 * workers * _CHUNK]:
+                yield path, _described_alone(path)
                 at += 1
-    except BrokenProcessPool:  # a file that kills its decoder: each of the rest in a process of its own
-        for path in paths[at:]:
-            try:
-                with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    yield path, pool.submit(describe, path).result()
-            except BrokenProcessPool:
-                yield path, Photo(problem="image_unreadable", detail="the decoder crashed on it")
+
+
+def _described_alone(path: str) -> Photo:
+    try:
+        with worker_pool(1) as pool:
+            return pool.submit(describe, path).result()
+    except BrokenProcessPool:
+        return Photo(problem="image_unreadable", detail="the decoder crashed on it")
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int, initializer: Callable | None = None, *arguments) -> Iterator[ProcessPoolExecutor]:
+    """Give a pool of processes that an interrupt ends quietly and at once."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (initializer, arguments))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(initializer: Callable | None, arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the main process, which ends the pool
+    if initializer:
+        initializer(*arguments)

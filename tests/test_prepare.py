@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import link_training_data
+import prepare_training_data
 from common.analysis import DIMENSIONS7, DIMENSIONS8, check_strict, compact_json
 from common.dataset import load_examples
 from common.files import sha256_file
@@ -138,8 +140,10 @@ def test_each_gate_finds_its_fault(tree: Tree, name: str):
     gate = name.split()[0]
     text = json.dumps(analysis(50, **BAD[name])) + (" Done." if gate == "mends" else "")
     tree.job("bad", tree.photo("bad.jpg", 50), text)
+    tree.link()
     for level in ("reject", "warn", "off"):
-        ready(tree, "--gate", f"{gate}={level}", "--gate", f"{'sections' if gate != 'sections' else 'length'}=off")
+        options = ("--gate", f"{gate}={level}", "--gate", f"{'sections' if gate != 'sections' else 'length'}=off")
+        assert tree.prepare(*options).exit_code == 0
         bad = verdicts(tree)["bad"]
         if level == "reject":
             assert bad["side"] is None and gate in bad["verdicts"]
@@ -360,6 +364,31 @@ def test_a_photograph_that_ties_both_sides_is_left_out(tree: Tree):
     assert [now[name] for name in names] == ["train", "val"]
     assert {row["reason"] for job, row in verdicts(tree).items() if job.startswith("step")} == {"ties_sides"}
     assert set(now) == set(sides)
+
+
+def test_an_interrupt_leaves_whole_files(tree: Tree, monkeypatch: pytest.MonkeyPatch):
+    ready(tree)
+    out = tree.folder / "out"
+    before = {path.name: path.read_bytes() for path in out.glob("training_data_*")}
+    tree.good(5, 20)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(link_training_data.Summary, "_count_reasons", interrupted)
+    tree.job("the last", "nowhere.jpg", analysis(60))
+    assert tree.link().exit_code == 1
+    assert {path.name: path.read_bytes() for path in out.glob("training_data_*")} == before
+    monkeypatch.undo()
+    tree.link()
+    monkeypatch.setattr(prepare_training_data.Work, "_meta", interrupted)
+    assert tree.prepare().exit_code == 1
+    assert not list(out.glob("*.tmp")) and not list(out.glob(".*.tmp"))
+    monkeypatch.undo()
+    assert tree.prepare().exit_code == 0
+    assert tree.meta()["counts"]["linked"] == 15
+    names = [name for name in tree.meta()["sha256"] if sha256_file(out / name) != tree.meta()["sha256"][name]]
+    assert names == []
 
 
 def test_another_seed_splits_anew_and_says_so(tree: Tree):
