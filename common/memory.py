@@ -26,6 +26,13 @@ IN_FLIGHT = QUEUED + 1  # layers whose temporaries exist at once
 OUT_OF_MEMORY = re.compile(r"out of memory|malloc|unable to allocate|insufficient memory|bad_alloc", re.I)
 
 
+def size(count: float) -> str:
+    """Return bytes as people read them: 12.3 GB, 260 MB, 0.4 MB."""
+    if count >= GB:
+        return f"{count / GB:.1f} GB"
+    return f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"
+
+
 # -- the device -------------------------------------------------------------------------------------------------------
 
 
@@ -143,8 +150,7 @@ class Plan:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.parts.items())
-        return f"{self.total / GB:.2f} GB ({parts})"
+        return f"{size(self.total)} ({', '.join(f'{name} {size(part)}' for name, part in self.parts.items())})"
 
 
 def estimate(shape: Shape, micro: int, length: int, targets: int, checkpointing: bool, multiple: int) -> Plan:
@@ -230,7 +236,7 @@ def too_large(
         advice.append("--micro_batch_size 1")
     if choice.checkpointing is False:
         saved = plan.total - estimate(shape, plan.micro, plan.length, max(targets), True, multiple).total
-        advice.append(f"--grad_checkpointing on (saves {saved / GB:.1f} GB)")
+        advice.append(f"--grad_checkpointing on (saves {size(saved)})")
     if length := longest_that_fits(
         shape, device, lengths, targets, replace(choice, micro=1, checkpointing=True), multiple
     ):
@@ -239,11 +245,11 @@ def too_large(
     advice.append("--max_image_size 768 (44% fewer image tokens than 1024)")
     halved = 22 * shape.trainable / 2  # values, gradients, moments
     if halved > 0.02 * device.budget:
-        advice.append(f"half the --lora_r (saves {halved / GB:.1f} GB)")
+        advice.append(f"half the --lora_r (saves {size(halved)})")
     if not shape.quantized:
-        advice.append(f"a 4-bit --base_model (saves about {0.7 * shape.weights / GB:.1f} GB)")
+        advice.append(f"a 4-bit --base_model (saves about {size(0.7 * shape.weights)})")
     return UserError(
-        f"{device.name} has {device.budget / GB:.2f} GB for training and this run needs about {plan}, at micro-batch "
+        f"{device.name} has {size(device.budget)} for training and this run needs about {plan}, at micro-batch "
         f"{plan.micro} with{'' if plan.checkpointing else 'out'} checkpointing. Try " + ", or ".join(advice)
     )
 

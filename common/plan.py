@@ -9,7 +9,19 @@ import mlx.core as mx
 
 from common.errors import UserError
 from common.feed import Prepared, padded, steps_per_epoch
-from common.memory import GB, PAD_MULTIPLE, Choice, Device, Plan, Shape, estimate, fit, longest_that_fits, too_large
+from common.memory import (
+    GB,
+    PAD_MULTIPLE,
+    Choice,
+    Device,
+    Plan,
+    Shape,
+    estimate,
+    fit,
+    longest_that_fits,
+    size,
+    too_large,
+)
 from common.progress import clock
 from common.step import collate, loss_and_grads
 from common.vlm import Base
@@ -79,7 +91,7 @@ def choose_layout(
 
 
 def _say(plan: Plan, device: Device, how: str) -> None:
-    click.echo(f"memory: about {plan} of {device.budget / GB:.2f} GB on {device.name}")
+    click.echo(f"memory: about {plan} of {size(device.budget)} on {device.name}")
     click.echo(
         f"  {how}: micro-batch {plan.micro}, checkpointing {'on' if plan.checkpointing else 'off'}, sequences up to "
         f"{plan.length:,} tokens padded to multiples of {plan.multiple}"
@@ -116,9 +128,9 @@ def print_plan(
     steps = steps_per_epoch(len(train), settings.batch_size * settings.gradient_accumulation_steps)
     whole = settings.epochs * (epoch + validation) + validation
     click.echo(f"trainable    {trainable:,} parameters (rank {settings.lora_r})")
-    click.echo(f"adapter      {trainable * itemsize / 1e6:.1f} MB, written once for PEFT and once for mlx-vlm")
-    click.echo(f"checkpoint   {trainable * (12 + itemsize) / 1e6:.1f} MB each, {settings.keep_checkpoints} kept")
-    click.echo(f"measured     {mx.get_peak_memory() / GB:.2f} GB at the peak of the longest rows' step")
+    click.echo(f"adapter      {size(trainable * itemsize)}, written once for PEFT and once for mlx-vlm")
+    click.echo(f"checkpoint   {size(trainable * (12 + itemsize))} each, {settings.keep_checkpoints} kept")
+    click.echo(f"measured     {size(mx.get_peak_memory())} at the peak of the longest rows' step")
     click.echo(f"examples     {len(train)} in {steps} steps an epoch, {sum(train.lengths):,} tokens")
     click.echo(f"speed        {tokens / seconds:,.0f} tokens/s")
     click.echo(f"time         {clock(epoch)} an epoch; {settings.epochs} epochs with validation {clock(whole)}")

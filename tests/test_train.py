@@ -188,7 +188,7 @@ def test_what_cannot_fit_is_refused_with_the_flags_to_change(data, tiny_base, mo
     result = train_here(tiny_base)
     assert result.exit_code == 1 and not ADAPTER.exists()
     message = result.stderr.splitlines()[-1]
-    assert message.startswith("Error: a small device has 0.00 GB for training and this run needs about")
+    assert message.startswith("Error: a small device has 3.2 MB for training and this run needs about")
     assert "--max_image_size 768" in message and "a 4-bit --base_model" in message
 
 
