@@ -72,6 +72,7 @@ REASONS = {
 @click.option("--val_split", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="share to validate on  [default: 0.2]")  # fmt: skip  # noqa: E501
 @click.option("--seed", default=42, show_default=True, help="another seed, another split")
 @click.option("--duplicate_distance", default=RADIUS, show_default=True, type=click.IntRange(0, 16), help="bits of 64 in which near-duplicates' perceptual hashes may differ; 0: identical pictures only")  # fmt: skip  # noqa: E501
+@click.option("--split_record", type=click.Path(path_type=Path), help="file that remembers each photograph's side  [default: training_data_ADVISOR_split.json in output_dir]")  # fmt: skip  # noqa: E501
 @click.option("--resplit", is_flag=True, help="forget which side photographs had in earlier rounds")
 # Lengths
 @click.option("--base_model", default="Qwen/Qwen3-VL-4B-Instruct", show_default=True, help="folder or hub id whose tokenizer measures lengths, when it is on this machine")  # fmt: skip  # noqa: E501
@@ -224,6 +225,8 @@ class Work:
             "meta": "json",
         }
         self.paths = {name: self.output_dir / f"{stem}_{name}.{suffix}" for name, suffix in suffixes.items()}
+        if self.options["split_record"]:
+            self.paths["split"] = self.options["split_record"]
         self.warnings += self.prompt.warnings
 
     def judge(self) -> None:

@@ -3,16 +3,17 @@
     sides, left_out = split(groups, links, record, fraction, seed)
 
 How a photograph keeps its side: `training_data_ADVISOR_split.json` remembers it with its thumbnail, and later runs
-read it back. The first time, groups are sorted by overall score and cut into as many equal slices as validation is to
-have groups; from each slice the group with the smallest hash of (seed, smallest SHA-256) goes to validation. Later,
-only new groups are drawn so, as many as bring validation back to its share; a new photograph that is a near-duplicate
-of a known one takes its side. When new photographs tie a group of train to one of validation, the new ones are left
-out and nobody moves. Where a known photograph of train itself is a near-duplicate of one of validation (after a change
-of the radius), it is left out of train: validation stays what it was.
+read it back. The first time, groups are sorted into strata of half a point of overall score; from each, validation gets
+its share: the groups with the smallest hashes of (seed, smallest SHA-256). Later, only new groups are drawn so, as many
+as bring validation back to its share; a new photograph that is a near-duplicate of a known one takes its side. When
+new photographs tie a group of train to one of validation, the new ones are left out and nobody moves. Where a known
+photograph of train itself is a near-duplicate of one of validation (after a change of the radius), it is left out of
+train: validation stays what it was. Where the record is lost, the hashes still keep nearly all photographs in place.
 """
 
 import base64
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from common.errors import UserError
 from common.files import read_json, write_json
 
 SCHEMA_VERSION = 1
+STRATUM = 0.5  # points of overall score
 
 
 @dataclass
@@ -108,15 +110,12 @@ def assign(
         )
     sides = [next((known[sha] for sha in group if sha in known), None) for group in groups]
     wanted = min(max(round(fraction * len(groups)), 1), len(groups) - 1)
-    fresh = [i for i, side in enumerate(sides) if side is None]
-    fresh.sort(key=lambda i: (scores[i], _draw(seed, groups[i])))
-    missing = min(max(wanted - sides.count("val"), 0), len(fresh))
-    if missing == len(fresh) and "train" not in sides and missing:
+    fresh = sum(side is None for side in sides)
+    missing = min(max(wanted - sides.count("val"), 0), fresh)
+    if missing == fresh and "train" not in sides and missing:
         missing -= 1
-    chosen = set()
-    for k in range(missing):
-        stratum = fresh[len(fresh) * k // missing : len(fresh) * (k + 1) // missing]
-        chosen.add(min(stratum, key=lambda i: _draw(seed, groups[i])))
+    draws = [_draw(seed, group) for group in groups]
+    chosen = _drawn(sides, [int(score / STRATUM) for score in scores], draws, fraction, missing)
     result = [side or ("val" if i in chosen else "train") for i, side in enumerate(sides)]
     if len(set(result)) < 2:
         empty = "validation" if "val" not in result else "training"
@@ -125,6 +124,29 @@ def assign(
             "more jobs, or split anew with --resplit"
         )
     return result
+
+
+def _drawn(sides: list, strata: list[int], draws: list[str], fraction: float, missing: int) -> set[int]:
+    """Return ``missing`` groups without a side: from each stratum those with the smallest hashes, as many as bring
+    its validation nearest to ``fraction``.
+    """
+    members: dict[int, list[int]] = defaultdict(list)
+    for i in sorted(range(len(sides)), key=lambda i: draws[i]):
+        members[strata[i]].append(i)
+    fresh = {stratum: [i for i in own if sides[i] is None] for stratum, own in sorted(members.items())}
+    wants = {
+        stratum: max(fraction * len(members[stratum]) - sum(sides[i] == "val" for i in members[stratum]), 0.0)
+        for stratum in fresh
+    }
+    scale = missing / (sum(wants.values()) or 1)
+    counts = {stratum: min(int(wants[stratum] * scale), len(fresh[stratum])) for stratum in fresh}
+    # what rounding down left over goes to the largest remainders, then to whoever has any
+    order = sorted((s for s in fresh if fresh[s]), key=lambda s: (counts[s] - wants[s] * scale, draws[fresh[s][0]]))
+    while sum(counts.values()) < missing:
+        for stratum in order:
+            if sum(counts.values()) < missing and counts[stratum] < len(fresh[stratum]):
+                counts[stratum] += 1
+    return {i for stratum, count in counts.items() for i in fresh[stratum][:count]}
 
 
 def _draw(seed: int, group: list[str]) -> str:

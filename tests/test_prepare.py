@@ -334,6 +334,16 @@ def test_photographs_keep_their_side_in_later_rounds(tree: Tree):
     assert sides_of(tree)[str(tree.source / "copy.jpg")] == "val"
 
 
+def test_the_record_may_lie_elsewhere(tree: Tree):
+    ready(tree)
+    before, record = sides_of(tree), tree.folder / "sides.json"
+    (tree.folder / "out/training_data_ansel_split.json").rename(record)
+    tree.good(10, 20)
+    ready(tree, "--split_record", str(record))
+    assert {path: sides_of(tree)[path] for path in before} == before
+    assert len(json.loads(record.read_text())["photographs"]) == 20
+
+
 def test_a_photograph_that_is_gone_still_guards_its_side(tree: Tree):
     ready(tree)
     held = next(path for path, side in sides_of(tree).items() if side == "val")

@@ -19,12 +19,21 @@ def test_the_share_is_exact(count, val):
 
 
 def test_scores_are_spread_alike():
-    scores = [1 + 9 * i / 999 for i in range(1000)]
+    scores = [1 + 9 * i / 1000 for i in range(1000)]
     sides = assign(groups_of(1000), scores, {}, 0.2, 42)
-    for band in range(10):
-        assert sides[band * 100 : band * 100 + 100].count("val") == 20
+    for low in range(2, 20):
+        stratum = [side for side, score in zip(sides, scores, strict=True) if low / 2 <= score < (low + 1) / 2]
+        assert abs(stratum.count("val") - 0.2 * len(stratum)) < 1
     other = assign(groups_of(1000), scores, {}, 0.2, 7)
     assert sides != other and sides == assign(groups_of(1000), scores, {}, 0.2, 42)
+
+
+def test_few_photographs_move_even_where_the_record_is_lost():
+    rng = random.Random(0)
+    scores = [rng.gauss(6, 1.5) for _ in range(400)]
+    before = assign(groups_of(300), scores[:300], {}, 0.2, 42)
+    after = assign(groups_of(400), scores, {}, 0.2, 42)
+    assert sum(one != other for one, other in zip(before, after, strict=False)) <= 0.05 * 300
 
 
 def test_known_photographs_keep_their_side_whatever_comes():
