@@ -73,6 +73,9 @@ def decided(report: dict, gates: list[Gate]) -> dict:
         "failed": [f"{row['title']}: {row['verdict']} ({row['reason']})" for row in failed(rows)],
         "comparisons": [compared(report["examples"], summary, *pair) for pair in metrics.pairs(arms)],
         "cannot_conclude": cannot_conclude(summary),
+        "one_by_one": one_by_one(report["examples"], report["timings"])
+        if not report["settings"]["temperature"]
+        else None,
     }
     return report | {"summary": summary, "gates": rows, "verdict": verdict}
 
@@ -126,6 +129,23 @@ def compared(examples: list[dict], summary: dict, ours: str, theirs: str) -> dic
         ]
         sentence = opening + (": " + ", ".join(parts) if parts else "") + "."
     return {"arm": ours, "versus": theirs, "finding": finding, "sentence": sentence, "same_outputs": [same, both]}
+
+
+def one_by_one(examples: list[dict], timings: list[dict]) -> list[int] | None:
+    """Return [same, all] of the timed runs: for how many mlx-vlm, one at a time, gave the batch's very text.
+
+    In float32 all agree; in 16 bits two tokens whose logits lie within rounding may swap, and the rest of the text
+    then differs. None when there was nothing to compare.
+    """
+    outputs = {example["index"]: example["outputs"] for example in examples}
+    same = []
+    for row in timings:
+        batched = outputs[row["example"]].get(row["arm"])
+        if batched and "text" in row and "free" not in row:
+            # a run that the batch stopped in a loop went on here to the token limit
+            length = len(batched[0]["text"]) if batched[0]["finish"] == "loop" else None
+            same.append(row["text"][:length] == batched[0]["text"])
+    return [sum(same), len(same)] if same else None
 
 
 def cannot_conclude(summary: dict) -> list[str]:

@@ -70,6 +70,11 @@ def prompt_row(row: Row) -> Row:
     )
 
 
+def answer_text(base: Base, tokens: list[int]) -> str:
+    """Return the text of generated tokens; special tokens stay visible, since a reader of JSON trips over them."""
+    return base.processor.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 class Decoding:
     """Generation with the language model as it stands when this is made: the base, or base and adapter."""
 
@@ -89,10 +94,7 @@ class Decoding:
         ]
 
     def text(self, tokens: list[int]) -> str:
-        """Return the text of generated tokens; special tokens stay visible, since a reader of JSON trips over them."""
-        return self.base.processor.tokenizer.decode(
-            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return answer_text(self.base, tokens)
 
     def generate(
         self,

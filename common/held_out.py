@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from common import versions
 from common.adapter import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
-from common.analysis import DIMENSIONS7
+from common.analysis import DIMENSIONS7, parse_lenient
 from common.dataset import load_examples
 from common.delivery import versions as software_versions
 from common.errors import UserError, refuse
@@ -85,6 +85,11 @@ def load_items(settings: SimpleNamespace) -> list[Item]:
                 problems.append(f"{example.source}: {', '.join(seen)}: {who} was trained on this photograph")
         items.append(Item(index, example, hashes, prompt_dimensions(example.prompt) or list(DIMENSIONS7)))
     refuse(problems, limit=100)
+    unreadable = sum(parse_lenient(item.example.response)[0] is None for item in items)
+    if unreadable:
+        settings.warnings.append(
+            f"{unreadable} of {len(items)} references are no analysis: they count for the loss alone."
+        )
     recorded = (settings.training.get("val_data") or {}).get("sha256")
     if recorded and recorded != sha256_file(settings.val_data):
         settings.warnings.append(
@@ -173,7 +178,11 @@ def _deployed(settings: SimpleNamespace) -> Path | None:
             return None
     else:
         place = Path(settings.deployed)
+    if (place / versions.RECORD).is_file():
+        place = place / versions.RECORD
     folder = versions.deployed_folder(place) if place.suffix == ".json" else place
+    if folder is None:  # every version was taken back
+        return None
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no adapter there; name the one in use by --deployed, or --deployed none")
     if versions.adapter_hashes(folder) == versions.adapter_hashes(settings.lora_path):

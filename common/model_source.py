@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from common import vlm
 from common.adapter import read_adapter
-from common.generate import Decoding, Grammar, Request, answer_schema, prompt_row
+from common.generate import Decoding, Grammar, Request, answer_schema, answer_text, prompt_row
 from common.outputs import Item
 from common.photo import load_photo
 from common.step import collate, loss_only
@@ -118,16 +118,17 @@ class ModelSource:
     def _timed(self, tokens: Iterator[int]) -> dict:
         mx.synchronize()
         mx.reset_peak_memory()
-        start, first, count = time.perf_counter(), None, 0
-        for _ in tokens:
-            count += 1
+        start, first, found = time.perf_counter(), None, []
+        for token in tokens:
+            found.append(token)
             first = first or time.perf_counter() - start
         seconds = time.perf_counter() - start
         return {
             "seconds": seconds,
             "first_token_seconds": first or seconds,
-            "tokens": count,
+            "tokens": len(found),
             "peak_bytes": mx.get_peak_memory(),
+            "text": answer_text(self.base, found),
         }
 
     def _stream(self, arm: str, item: Item, max_tokens: int) -> Iterator[int]:

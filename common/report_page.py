@@ -245,6 +245,11 @@ def _facts(report: dict) -> list[tuple[str, str]]:
     settings = report["settings"]
     names = ("num_samples", "temperature", "seed", "max_tokens", "batch_size", "max_image_size", "timing_examples")
     shown["Settings"] = ", ".join(f"{name} {settings.get(name)}" for name in names)
+    check = report["verdict"]["one_by_one"]
+    if check:
+        shown["Batch against one by one"] = (
+            f"the same text in {check[0]} of {check[1]} runs that were timed one at a time"
+        )
     return list(shown.items())
 
 

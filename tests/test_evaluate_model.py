@@ -100,6 +100,7 @@ def test_timing_is_measured_in_turn_and_one_at_a_time(case):
         "candidate",
     ]
     assert all(0 < row["first_token_seconds"] <= row["seconds"] and row["peak_bytes"] > 0 for row in report["timings"])
+    assert report["verdict"]["one_by_one"] == [10, 10]
     arms = report["summary"]["arms"]
     assert arms["candidate"]["speed.seconds"]["n"] == 5 and arms["candidate"]["speed.load_seconds"]["value"] > 0
     verdicts = {row["name"]: row["verdict"] for row in report["gates"]}
@@ -256,6 +257,24 @@ def test_adapter_without_training_args_is_warned_of(case, tmp_path):
     arguments = ("--base_model", case["base"], "--val_data", case["data"][1], "--max_examples", 1)
     _, report = report_of(case, "foreign", "--lora_path", folder, *arguments)
     assert "neither its base nor its training data could be checked" in report["warnings"][0]
+
+
+def test_record_of_nothing_in_use_is_no_third_arm(case, tmp_path):
+    folder = case["folder"] / "models" / "ansel"
+    folder.mkdir()
+    write_json(folder / "deployed.json", {"schema_version": 1, "advisor": "ansel", "version": None, "adapter": None})
+    _, report = report_of(case, "none", "--lora_path", case["zeros"], "--max_examples", 1)
+    shutil.rmtree(folder)
+    assert list(report["arms"]) == ["base", "candidate"]
+
+
+def test_references_that_are_no_analysis_count_for_the_loss_alone(case, tmp_path):
+    rows = read_jsonl(case["data"][1])[:2]
+    write_jsonl(tmp_path / "val.jsonl", [rows[0] | {"response": "<div>8.1/10</div>"}, rows[1]])
+    _, report = report_of(case, "html", "--lora_path", case["zeros"], "--val_data", tmp_path / "val.jsonl")
+    assert "1 of 2 references are no analysis: they count for the loss alone." in report["warnings"]
+    assert report["summary"]["arms"]["base"]["loss.nats"]["n"] == 2
+    assert report["examples"][0]["reference"] is None
 
 
 def test_item_key_names_content():
