@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.files import sha256_file, write_atomic, write_json
 from common.linking import NOT_ASKED_FOR, REASONS, Linker, Outcome
 from common.photo_index import Locator, describe_all
-from common.tables import paragraph, table
+from common.tables import counted, paragraph, table
 
 PHOTO_CACHE = ".photo_cache.db"
 
@@ -161,14 +161,16 @@ class Summary:
     def show(self, advisor: str, orphans: list[str], min_examples: int) -> None:
         """Print where every job went."""
         self.show_reasons()
-        click.echo(f"\nLinked {self.linked:,} jobs of {advisor} with {self.photos_text()} -> {self.manifest}")
+        jobs, photos = counted(self.linked, "job"), counted(len(self.photos), "different photograph")
+        click.echo(f"\nLinked {jobs} of {advisor} with {photos} -> {self.manifest}")
         for title, name in (("analyses from", "source"), ("made in mode", "mode"), ("mends", "mends")):
             if self.tallies[name]:
                 counts = ", ".join(f"{key} {count:,}" for key, count in sorted(self.tallies[name].items()))
                 click.echo(paragraph(f"{title}: {counts}", "  ", "  "))
-        click.echo(f"Left out: {sum(self.first.values()):,} jobs, each with its reason -> {self.rejected}")
+        click.echo(f"Left out: {counted(sum(self.first.values()), 'job')}, each with its reason -> {self.rejected}")
         if orphans:
-            click.echo(f"{len(orphans)} analysis files belong to no job, e.g. {Path(orphans[0]).name}")
+            files = counted(len(orphans), "analysis file")
+            click.echo(f"{files} without a job, e.g. {Path(orphans[0]).name}")
         if self.linked < min_examples:
             few = f"{self.linked:,} linked jobs are fewer than the recommended {min_examples:,} (--min_examples)"
             click.echo(paragraph(f"Warning: {few}"), err=True)
@@ -182,7 +184,7 @@ class Summary:
             click.echo("\nCannot be used (jobs: by the first reason; in all: every job with this fault)")
             click.echo(self._table(asked))
         total = self.linked + sum(self.first.values())
-        click.echo(f"\n{total:,} jobs = {self.linked:,} linked + {sum(self.first.values()):,} left out")
+        click.echo(f"\n{counted(total, 'job')} = {self.linked:,} linked + {sum(self.first.values()):,} left out")
 
     def _table(self, names: list[str]) -> str:
         rows = [
@@ -196,10 +198,6 @@ class Summary:
             return ""
         ids = ", ".join(job_id[:8] for job_id in self.ids[name])
         return ids + (", ..." if self.first[name] > len(self.ids[name]) else "")
-
-    def photos_text(self) -> str:
-        count = len(self.photos)
-        return "1 photograph" if count == 1 else f"{count:,} different photographs"
 
 
 def _reject(outcome: Outcome) -> dict:

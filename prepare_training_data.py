@@ -40,7 +40,7 @@ from common.prompts import (
 )
 from common.quality import GATES, Target, placeholders_of, read_levels
 from common.split import Record, assign, settle
-from common.tables import paragraph, table
+from common.tables import counted, paragraph, table
 
 RECOMMENDED = 60  # examples; below it an adapter learns little
 REASONS = {
@@ -315,8 +315,9 @@ class Work:
         click.echo()
         click.echo(
             paragraph(
-                f"{len(self.candidates):,} linked jobs = {train:,} training examples ({photos['train']:,} photographs) "
-                f"+ {val:,} validation examples ({photos['val']:,}) + {len(self.candidates) - train - val:,} left out"
+                f"{counted(len(self.candidates), 'linked job')} = {counted(train, 'training example')} "
+                f"({counted(photos['train'], 'photograph')}) + {counted(val, 'validation example')} "
+                f"({counted(photos['val'], 'photograph')}) + {len(self.candidates) - train - val:,} left out"
             )
         )
         click.echo(paragraph(self.lengths["text"]))

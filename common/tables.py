@@ -9,6 +9,11 @@ def width() -> int:
     return max(60, min(100, shutil.get_terminal_size((100, 24)).columns))
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun: "1 photograph", "1,200 photographs"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def paragraph(text: str, indent: str = "", hang: str = "") -> str:
     """Return a text wrapped to the terminal; ``hang`` more is the indent of all lines but the first."""
     return textwrap.fill(text, width(), initial_indent=indent, subsequent_indent=indent + hang, break_on_hyphens=False)

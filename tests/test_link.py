@@ -61,7 +61,7 @@ def test_a_manifest_row_is_whole(tree: Tree):
         "filename": "photo.jpg",
         "database": str(tree.folder / "mondrian.db"),
     }
-    assert "1 jobs = 1 linked + 0 left out" in result.output
+    assert "1 job = 1 linked + 0 left out" in result.output
 
 
 TEXT = json.dumps(analysis(1))
@@ -130,7 +130,7 @@ def test_the_file_of_its_name_comes_first(tree: Tree):
     result = tree.link()
     (row,) = tree.rows("manifest")
     assert (row["analysis_source"], row["analysis_path"], row["analysis"]) == ("analysis_file", str(path), analysis(2))
-    assert "1 analysis files belong to no job, e.g. analysis-ansel-nobody.md" in result.output
+    assert "1 analysis file without a job, e.g. analysis-ansel-nobody.md" in result.output
 
 
 def test_html_of_the_older_era(tmp_path: Path):
