@@ -162,7 +162,7 @@ def estimate(shape: Shape, micro: int, length: int, targets: int, checkpointing:
     # kept for the backward pass, in values a token and layer: see "keep" in common/layer.py
     kept = 2 * d + 7 * shape.rank + (0 if checkpointing else q + 2 * kv + 2 * inner)
     # in hand: a layer's temporaries, for the layers that are under way at once
-    layer = IN_FLIGHT * tokens * item * (4 * d + 4 * q + 5 * inner)
+    layer = IN_FLIGHT * tokens * (4 * d + 4 * q + 5 * inner) * (3 * item + 4) // 4  # a quarter is always float32
     if not shape.fused_attention:
         layer += 8 * micro * shape.heads * min(CHUNK, rows) * rows * 4  # a block of scores and what becomes of it
     # the output head: logits of a block of rows, and float32 passes over a block of the vocabulary
