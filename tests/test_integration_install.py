@@ -183,8 +183,13 @@ def test_a_service_in_a_package_finds_the_module_either_way(tmp_path):
     (package / "__init__.py").write_text("")
     file, _ = installed(package, TEXT)
     assert "    from mondrian import lora_patch\n" in file.read_text()
+    (tmp_path / "quick" / "mlx_vlm").mkdir(parents=True)  # --help needs no model: nothing to wait seconds for
+    (tmp_path / "quick" / "mlx_vlm" / "__init__.py").write_text("")
+    (tmp_path / "quick" / "mlx_vlm" / "prompt_utils.py").write_text("apply_chat_template = None\n")
+    quick = {**os.environ, "PYTHONPATH": str(tmp_path / "quick")}
     for command in (["-m", "mondrian.ai_advisor_service"], ["mondrian/ai_advisor_service.py"]):
-        done = subprocess.run([sys.executable, *command, "--help"], cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, *command, "--help"]
+        done = subprocess.run(command, cwd=tmp_path, env=quick, capture_output=True, text=True)
         assert done.returncode == 0 and "--lora_path" in done.stdout, done.stderr
     assert patch_command("install", "--service", file, "--uninstall").returncode == 0
     assert file.read_text() == TEXT

@@ -38,7 +38,7 @@ def photos(sample_tree: Path, tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("photos")
     ordinary = sorted((sample_tree / "source").glob("*.jpg"))[0]
     large = folder / "large.png"
-    Image.open(ordinary).convert("RGBA").resize((1100, 700)).save(large)
+    Image.open(ordinary).convert("RGBA").resize((1040, 400)).save(large)
     picture = Image.open(large)
     picture.putalpha(Image.linear_gradient("L").resize(picture.size))
     picture.save(large)

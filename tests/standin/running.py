@@ -103,7 +103,8 @@ class RunningService:
     def start(self, *flags: str) -> None:
         self.log = open(self.folder / "log.txt", "a")  # noqa: SIM115 - it lives as long as the process
         command = [sys.executable, self.file.name, "--port", str(self.port), *map(str, flags)]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        # matrices of a tiny model are too small to be worth a second thread, which only waits in spinning
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, cwd=self.folder, stdout=self.log, stderr=subprocess.STDOUT, env=environment
         )
