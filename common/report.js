@@ -17,5 +17,5 @@ function arrange() {
 }
 order.addEventListener("change", arrange);
 only.addEventListener("change", arrange);
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
+addEventListener("beforeprint", () => document.querySelectorAll("details:not(.raw)").forEach((d) => { d.open = true; }));
 document.getElementById("controls").hidden = false;

@@ -9,7 +9,7 @@ import click
 
 from common import versions
 from common.errors import UserError, refuse
-from common.files import read_json, read_rows
+from common.files import read_json, read_rows, sha256_file
 from common.gates import failed
 from common.run_folder import ARGS
 
@@ -48,6 +48,7 @@ def run_round(
     _run("2/4 prepare", "prepare_training_data.py", [*manifest, *into], prepare_args)
     train, val = (data / f"training_data_{advisor}_{side}.jsonl" for side in ("train", "val"))
     refuse_held_out(train, have)
+    _tell_unchanged(train, have)
     files = ["--train_data", str(train), "--val_data", str(val), "--output_dir", str(folder)]
     _run("3/4 train", "train_mlx_lora.py", ["--base_model", base_model, *files, "--resume"], train_args)
     compared = ["--base_model", base_model, "--lora_path", str(folder), "--val_data", str(val)]
@@ -73,6 +74,14 @@ def refuse_held_out(train: Path, have: dict[int, Path]) -> None:
                     f"{train}:{line}: held out from v{held_out[sha]}; train on it and versions cannot be compared"
                 )
     refuse(problems)
+
+
+def _tell_unchanged(train: Path, have: dict[int, Path]) -> None:
+    """Say when the newest version was trained on the very same data: the round can then change little."""
+    newest = max(have, default=None)
+    trained = read_json(have[newest] / ARGS).get("train_data") if newest else None
+    if trained and trained.get("sha256") == sha256_file(train):
+        click.echo(f"note: the training data are those of v{newest}; only other settings can make a difference")
 
 
 def _incumbent(models: Path, advisor: str, have: dict[int, Path]) -> Path | None:

@@ -237,6 +237,7 @@ def test_round_keeps_the_version_in_use_when_a_gate_fails(work, phases, tiny_bas
     result = run(work, "iterate", "--base_model", tiny_base)
     assert result.exit_code == 1
     assert "v4 of ansel is not promoted, v1 stays in use" in result.stderr
+    assert "note: the training data are those of v3" in result.stdout
     assert "Validation loss not worse than deployed: fail" in result.stderr
     assert record(work)["version"] == "v1"
     assert list((work / "models" / "ansel" / "reports").glob("v4-*.html"))
