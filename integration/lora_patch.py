@@ -2092,6 +2092,9 @@ BY_HAND = {
 }
 
 
+VERBS = ("get", "post", "put")  # methods of a view class; too common as names to follow by name
+
+
 class Refusal(LoraError):
     """The service file is not understood; ``missing`` names the lines (keys of BY_HAND) that have no place yet."""
 
@@ -2186,6 +2189,17 @@ class Installer:
         import ast
 
         return self.walk(ast.FunctionDef | ast.AsyncFunctionDef)
+
+    def made_by(self, *makers: str) -> set[str]:
+        """Return the variables that are assigned from a call of one of these functions or classes."""
+        import ast
+
+        found = set()
+        for node in self.walk(ast.Assign | ast.AnnAssign):
+            if isinstance(node.value, ast.Call) and self.file.source(node.value.func).rsplit(".", 1)[-1] in makers:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found.update(self.file.source(target) for target in targets)
+        return found
 
     def mlx_names(self, wanted: set[str]) -> set[str]:
         """Return how the file may call functions of mlx_vlm: {"generate", "mlx_vlm.generate", "mv.generate"}."""
@@ -2291,12 +2305,7 @@ class Installer:
 
         parses = ("parse_args", "parse_known_args", "parse_intermixed_args", "parse_known_intermixed_args")
         found = [c for c in self.calls() if isinstance(c.func, ast.Attribute) and c.func.attr in parses]
-        makers = {
-            self.file.source(target)
-            for node in self.walk(ast.Assign)
-            if isinstance(node.value, ast.Call) and self.file.source(node.value.func).endswith("ArgumentParser")
-            for target in node.targets
-        }
+        makers = self.made_by("ArgumentParser")
         known = [c for c in found if self.file.source(c.func.value) in makers] or found
         with_model = {
             self.file.source(c.func.value)
@@ -2369,6 +2378,7 @@ class Installer:
                     function, f"{function.name} is async; the model must be asked in a plain function", "generation"
                 )
         self.generating = {f.name for f in functions} | {f.name for n in self.asking if (f := self.file.function(n))}
+        self.generating -= set(VERBS)
         for function in functions:
             self.line_before("generation", function, "@lora_patch.generation")
 
@@ -2380,7 +2390,7 @@ class Installer:
         )
 
     def routes(self, function) -> list[str]:
-        """Return the paths that a function answers, by decorator or by app.add_url_rule."""
+        """Return the paths that a function answers, by decorator, by app.add_url_rule or as a view class's method."""
         import ast
 
         paths = []
@@ -2388,12 +2398,19 @@ class Installer:
             routes = isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
             if routes and call.func.attr in ("route", "get", "post", "put"):
                 paths.append(self.constant(call, "rule"))
+        around = self.file.parents.get(function)
+        is_method = isinstance(around, ast.ClassDef) and function.name in VERBS
+        name = around.name if is_method else function.name
         for call in self.calls():
             if isinstance(call.func, ast.Attribute) and call.func.attr == "add_url_rule":
                 named = [*call.args[2:3], *(k.value for k in call.keywords if k.arg == "view_func")]
-                if any(isinstance(node, ast.Name) and node.id == function.name for node in named):
+                whole = (name, f"{name}.as_view") if is_method else (name,)
+                if any(self.file.source(getattr(node, "func", node)) in whole for node in named):
                     paths.append(self.constant(call, "rule"))
-        return [path for path in paths if path]
+            given = [self.file.source(node) for node in call.args[:1]]  # flask-restful's api.add_resource(Class, path)
+            if is_method and given == [name] and self.file.source(call.func).endswith(".add_resource"):
+                paths += [node.value for node in call.args[1:] if isinstance(node, ast.Constant)]
+        return [path for path in paths if isinstance(path, str)]
 
     @staticmethod
     def constant(call, keyword: str) -> str:
@@ -2412,7 +2429,7 @@ class Installer:
         """Return the names of all functions from which the model is asked in the end."""
         names = set(self.generating)
         while True:
-            more = {f.name for f in self.functions() if f.name not in names and self.mentions(f) & names}
+            more = {f.name for f in self.functions() if f.name not in names and self.mentions(f) & names} - set(VERBS)
             more -= {f.name for f in self.functions() if self.is_factory(f)}
             if not more:
                 return names
@@ -2423,7 +2440,7 @@ class Installer:
 
         names = self.reaching()
         views = [f for f in self.functions() if any("analy" in path for path in self.routes(f))]
-        views = [f for f in views if f.name in names]
+        views = [f for f in views if self.leads(f, names - {f.name})]
         if not views:
             self.problem(None, "no view of /analyze found that leads to the model", "choose")
         for view in views:
@@ -2574,32 +2591,17 @@ class Installer:
     def place_start(self) -> None:
         import ast
 
-        apps = {
-            self.file.source(target)
-            for node in self.walk(ast.Assign)
-            if isinstance(node.value, ast.Call)
-            if self.file.source(node.value.func).rsplit(".", 1)[-1] in ("Flask", "create_app", "make_app", "build_app")
-            for target in node.targets
-        } or {"app", "application"}
-        runs = []
+        apps = self.made_by("Flask", "create_app", "make_app", "build_app") or {"app", "application"}
+        servers = ("serve", "run", "run_simple", "make_server", "WSGIServer", "serve_forever")
+        runs = {}  # statement -> where the app stands in it
+        for node in self.walk(ast.Attribute):  # app.run(...), or Thread(target=app.run)
+            if node.attr == "run" and self.file.source(node.value) in apps:
+                runs.setdefault(self.file.statement(node), node.value)
         for call in self.calls():
-            name = self.file.source(call.func)
-            if (
-                isinstance(call.func, ast.Attribute)
-                and call.func.attr == "run"
-                and self.file.source(call.func.value) in apps
-            ):
-                runs.append((call, call.func.value))
-            elif name.rsplit(".", 1)[-1] in (
-                "serve",
-                "run",
-                "run_simple",
-                "make_server",
-                "WSGIServer",
-                "serve_forever",
-            ):
-                given = [node for node in call.args if self.file.source(node) in apps]
-                runs.extend((call, node) for node in given[:1])
+            if self.file.source(call.func).rsplit(".", 1)[-1] in servers:
+                for node in call.args:
+                    if self.file.source(node) in apps:
+                        runs.setdefault(self.file.statement(call), node)
         if not runs:
             self.problem(None, "no app.run(...) found", "start")
         getter = next((f for f in self.loaders if f is not None and self.is_plain(f)), None)
@@ -2608,8 +2610,7 @@ class Installer:
         more = f", {getter.name}" if getter is not None else ""
         if database := self.database():
             more += f", db_path={database}"
-        for call, app in runs:
-            statement = self.file.statement(call)
+        for statement, app in runs.items():
             if not self.line_before("start", statement, f"lora_patch.start({self.file.source(app)}{more})"):
                 self.wrap("start", app, "start", more)
 

@@ -290,6 +290,30 @@ SHAPES = {
         ),
         "lora_patch.choose(job_id=job_id, advisor=advisor)",
     ),
+    "a view class": (
+        changed('@app.route("/analyze", methods=["POST"])\ndef analyze():', "def respond():").replace(
+            'if __name__ == "__main__":\n',
+            "class Analyze(MethodView):\n    def post(self):\n        advisor = request.form['advisor']\n"
+            "        return jsonify(run_model_mlx(advisor))\n\n\n"
+            'app.add_url_rule("/analyze", view_func=Analyze.as_view("analyze"))\n\nif __name__ == "__main__":\n',
+        ),
+        "        lora_patch.choose(advisor=advisor)\n        return jsonify(run_model_mlx(advisor))",
+    ),
+    "the server in a thread": (
+        changed(
+            'app.run(host="127.0.0.1", port=PORT, threaded=True)',
+            'server = threading.Thread(target=app.run, kwargs={"port": PORT})\n    server.start()',
+        ),
+        "lora_patch.start(app, get_mlx_model, db_path=DB_PATH)\n    server = threading.Thread(target=app.run",
+    ),
+    "annotated variables": (
+        changed("app = Flask(__name__)", "service: Flask = Flask(__name__)")
+        .replace("@app.", "@service.")
+        .replace("app.run(", "service.run(")
+        .replace("parser = argparse.ArgumentParser(", "cli: argparse.ArgumentParser = argparse.ArgumentParser(")
+        .replace("parser.", "cli."),
+        "lora_patch.start(service, get_mlx_model",
+    ),
     "a blueprint": (
         changed('@app.route("/analyze"', '@blueprint.route("/api/analyze"').replace(
             "app = Flask(__name__)",
