@@ -237,7 +237,6 @@ def test_round_keeps_the_version_in_use_when_a_gate_fails(work, phases, tiny_bas
     result = run(work, "iterate", "--base_model", tiny_base)
     assert result.exit_code == 1
     assert "v4 of ansel is not promoted, v1 stays in use" in result.stderr
-    assert "note: the training data are those of v3" in result.stdout
     assert "Validation loss not worse than deployed: fail" in result.stderr
     assert record(work)["version"] == "v1"
     assert list((work / "models" / "ansel" / "reports").glob("v4-*.html"))
@@ -262,6 +261,15 @@ def test_held_out_photographs_never_become_training_data(work, phases, tiny_base
     assert result.exit_code == 1
     assert "training_data_ansel_train.jsonl:4: held out from v1" in result.stderr
     assert "train_mlx_lora.py" not in [script for script, _, _ in phases["commands"]]
+
+
+def test_round_on_unchanged_data_says_so(made, capsys):
+    have = versions.find_versions(made / "models", "ansel")
+    rounds._tell_unchanged(made / "training_data" / "train.jsonl", have)
+    assert "the training data are those of v3" in capsys.readouterr().out
+    rounds._tell_unchanged(made / "training_data" / "val.jsonl", have)
+    rounds._tell_unchanged(made / "training_data" / "train.jsonl", {})
+    assert capsys.readouterr().out == ""
 
 
 def _all(work: Path) -> dict[int, Path]:
