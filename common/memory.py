@@ -160,9 +160,11 @@ def estimate(shape: Shape, micro: int, length: int, targets: int, checkpointing:
     d, q, kv, inner = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate
     item, adapter = shape.itemsize, shape.trainable
     # kept for the backward pass, in values a token and layer: see "keep" in common/layer.py
-    kept = 2 * d + 7 * shape.rank + (0 if checkpointing else q + 2 * kv + 2 * inner)
-    # in hand: a layer's temporaries, for the layers that are under way at once
-    layer = IN_FLIGHT * tokens * (4 * d + 4 * q + 5 * inner) * (3 * item + 4) // 4  # a quarter is always float32
+    products = q + 2 * kv + 2 * inner
+    kept = 2 * d + 7 * shape.rank + (0 if checkpointing else products)
+    # in hand: a layer's temporaries, for the layers that are under way at once; a quarter of them is always float32
+    values = 4 * d + 4 * q + 5 * inner + (products if checkpointing else 0)
+    layer = IN_FLIGHT * tokens * values * (3 * item + 4) // 4
     if not shape.fused_attention:
         layer += 8 * micro * shape.heads * min(CHUNK, rows) * rows * 4  # a block of scores and what becomes of it
     # the output head: logits of a block of rows, and float32 passes over a block of the vocabulary

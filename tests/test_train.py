@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -160,9 +161,35 @@ def test_the_layout_follows_the_memory(data, tiny_base, monkeypatch):
     ample = train_here(tiny_base, "--plan", "--batch_size", 4)
     assert "chosen: micro-batch 4, checkpointing off" in ample.output
     shape, lengths, targets = sizes(data, tiny_base)
-    for megabytes, chosen in between_layouts(shape, lengths, targets):
-        with_memory(monkeypatch, megabytes)
-        assert f"chosen: {chosen}" in train_here(tiny_base, "--plan", "--batch_size", 4).output
+    for micro in (2, 1):
+        plan = memory.estimate(shape, micro, max(lengths), max(targets), False, 16)
+        with_memory(monkeypatch, (plan.total + 1000) / memory.SHARE["cpu"] / 1e6)
+        result = train_here(tiny_base, "--plan", "--batch_size", 4)
+        assert f"chosen: micro-batch {micro}, checkpointing off" in result.output
+
+
+QWEN_4B = memory.Shape(
+    layers=36, hidden=2560, heads=32, kv_heads=8, head_dim=128, intermediate=9728, vocabulary=151_936, itemsize=2,
+    quantized=False, weights=8_044_000_000, trainable=33_030_144, rank=16, deepstack=3, fused_attention=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "micro", "checkpointing"),
+    [(64, 4, False), (26, 2, False), (18, 1, False), (15.5, 2, True), (12.5, 1, True), (10, None, None)],
+)
+def test_the_4b_model_takes_the_fastest_layout_that_fits(gigabytes, micro, checkpointing):
+    device = Device("cuda", "a GPU", int(gigabytes * 1e9 / memory.SHARE["cuda"]))
+    plan = memory.fit(QWEN_4B, device, [2640, 2000], [880, 700], memory.Choice(4), 128)
+    assert (plan and plan.micro, plan and plan.checkpointing) == (micro, checkpointing)
+
+
+def test_a_16_gb_mac_trains_the_4b_model_in_4_bits():
+    """Its recommended working set is about 12 GB; attention is not fused there."""
+    shape = replace(QWEN_4B, quantized=True, weights=2_300_000_000, fused_attention=False)
+    plan = memory.fit(shape, Device("metal", "M2", 12_000_000_000), [2640], [880], memory.Choice(2), 32)
+    assert plan.total < 0.95 * 12e9
+    assert memory.estimate(shape, 1, 2640, 880, True, 32).total < 8e9
 
 
 def sizes(data, base):
@@ -173,14 +200,6 @@ def sizes(data, base):
     loaded.model.vision_tower = None  # the trainer lets it go, too, once it has seen every photograph
     shape = memory.shape_of(loaded.model, 16, "cpu")
     return shape, [len(e) for e in encoded], [int(e.completion_mask[1:].sum()) for e in encoded]
-
-
-def between_layouts(shape, lengths, targets):
-    """Yield (megabytes of a device, the layout that should be chosen there)."""
-    for micro, checkpointing in ((2, False), (1, False), (1, True)):
-        plan = memory.estimate(shape, micro, max(lengths), max(targets), checkpointing, 16)
-        word = "on" if checkpointing else "off"
-        yield (plan.total + 1000) / memory.SHARE["cpu"] / 1e6, f"micro-batch {micro}, checkpointing {word}"
 
 
 def test_what_cannot_fit_is_refused_with_the_flags_to_change(data, tiny_base, monkeypatch):
