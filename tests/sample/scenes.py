@@ -169,14 +169,14 @@ def _draw_chance(pen, rng: random.Random, width: int, height: int, horizon: int,
 def scores(scene: Scene) -> list[int]:
     """One score of 1 to 10 for each of DIMENSIONS, from what can be seen in the picture."""
     off_third = min(abs(scene.place - 1 / 3), abs(scene.place - 2 / 3))
-    composition = 9 - round(24 * off_third)
-    lighting = 3 + round(6 * scene.light)
+    composition = 8 - round(16 * off_third)
+    lighting = 2 + round(7 * scene.light)
     return [
         composition,
         lighting,
-        3 + round(6 * scene.sharp),
-        3 + round(6 * scene.color),
-        2 + 2 * scene.planes,
+        2 + round(7 * scene.sharp),
+        2 + round(7 * scene.color),
+        (4, 6, 7)[scene.planes - 1],
         8 - round(8 * abs(scene.place - 0.5)),
         round((composition + lighting) / 2),
     ]
