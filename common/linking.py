@@ -101,14 +101,7 @@ class Linker:
         return self._advisor_of({"advisor": advisor}) is not None
 
     def _advisor_of(self, job: dict) -> str | None:
-        """Return the advisor for whom a job is read; a job of several advisors is read for the one asked for."""
-        own = plain(job["advisor"])
-        if self.advisor == "all":
-            return own or None
-        names = [name for name in re.split(r'[\s,;|"\[\]]+', own.lower()) if name]
-        if own.lower() == self.advisor:
-            return own
-        return self.advisor if self.advisor in names or names == ["all"] else None
+        return _read_for(self.advisor, plain(job["advisor"]))
 
     # -- the two passes
 
@@ -227,6 +220,17 @@ class Linker:
 def plain(value: object) -> str:
     """Return a column as a stripped text; "" for NULL and for what is no text."""
     return "" if value is None or isinstance(value, AnalysisError) else str(value).strip()
+
+
+@functools.lru_cache(4096)
+def _read_for(asked: str, own: str) -> str | None:
+    """Return the advisor for whom a job of ``own`` is read; a job of several advisors is read for the one asked for."""
+    if asked == "all":
+        return own or None
+    names = [name for name in re.split(r'[\s,;|"\[\]]+', own.lower()) if name]
+    if own.lower() == asked:
+        return own
+    return asked if asked in names or names == ["all"] else None
 
 
 def prompt_of(job: dict) -> str:

@@ -312,7 +312,7 @@ def _without_prompt(text: str, prompt: str) -> tuple[str, bool]:
         at = text.rfind(prompt)
         if at >= 0:
             return text[at + len(prompt) :], True
-    turns = list(_TURN.finditer(text))
+    turns = list(_TURN.finditer(text)) if "ssistant" in text else []
     return (text[turns[-1].end() :], True) if turns else (text, False)
 
 
