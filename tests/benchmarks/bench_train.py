@@ -58,15 +58,14 @@ TRAINERS = {
     "ours": ("ours", {}, False),
     "ours, dropout 0.05": ("ours", {"dropout": 0.05}, False),
     "ours, checkpointing": ("ours", {"checkpointing": True}, False),
-    "ours, checkpointing, dropout 0.05": ("ours", {"checkpointing": True, "dropout": 0.05}, False),
     "ours, 4-bit base": ("ours", {"bits": 4}, False),
     "ours, 4-bit base, checkpointing": ("ours", {"bits": 4, "checkpointing": True}, False),
     "mlx-vlm": ("mlx_vlm_trainer", {}, False),
     "mlx-vlm, checkpointing": ("mlx_vlm_trainer", {"checkpointing": True}, False),
     "transformers + PEFT": ("peft_trainer", {}, True),
     "transformers + PEFT, checkpointing": ("peft_trainer", {"checkpointing": True}, True),
-    "Unsloth (MLX)": ("unsloth_trainer", {}, False),
     "Unsloth (MLX), not compiled": ("unsloth_trainer", {"compiled": False}, False),
+    "Unsloth (MLX)": ("unsloth_trainer", {}, False),
 }
 
 
@@ -78,7 +77,7 @@ TRAINERS = {
 @click.option("--response", type=int, help="Tokens of each response.  [default: 879, tiny 87]")
 @click.option("--steps", default=8, show_default=True, help="Steps of each trainer.")
 @click.option("--only", multiple=True, help="Run trainers whose name starts with this; may be given several times.")
-@click.option("--time_limit", default=300, show_default=True, help="Seconds for each trainer, loading included.")
+@click.option("--time_limit", default=300.0, show_default=True, help="Seconds for each trainer, loading included.")
 @click.option("--torch_python", default=sys.executable, help="Python that has torch, transformers and peft.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the table to this file too.")
 @click.option("--worker", hidden=True, help="Internal: the trainer that this process is to run.")
@@ -133,7 +132,7 @@ def run_trainer(name: str, python: str, folder: Path, steps: int, time_limit: fl
     except subprocess.TimeoutExpired:
         steps_done = len(json.loads(result.read_text())["seconds"]) if result.exists() else 0
         if steps_done < 3:
-            return {"failed": f"{steps_done or 'no'} step done within {time_limit} s"}
+            return {"failed": f"{steps_done or 'no'} step done within {time_limit:g} s"}
         done = None
     if done is not None and done.returncode:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
