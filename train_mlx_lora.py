@@ -13,7 +13,6 @@ loss_curve.png, README.md and checkpoints/.
 
 import contextlib
 import functools
-import json
 import math
 import shlex
 import signal
@@ -48,7 +47,7 @@ from common.fingerprint import base_fingerprint, compare_fingerprints
 from common.interrupts import StopRequest
 from common.memory import GB, available_ram, find_device, is_out_of_memory, shape_of
 from common.optimizer import AdamW, clip, learning_rate_at, warmup_within
-from common.parallel import Processes, join_processes
+from common.parallel import Processes, is_peer_lost, join_processes
 from common.photo import MAX_IMAGE_SIZE
 from common.plan import AUTO, Layout, check_numbers, choose_layout, limit_cache, print_plan, whole_number
 from common.progress import TrainingLog, make_reporter, require_reporter, say
@@ -113,7 +112,7 @@ def main(ctx: click.Context, **options) -> None:
     differences = take_over(vars(settings), typed_options(ctx), found[1]["settings"]) if found else []
     if processes.first:
         print_settings(f"LoRA training, {processes.world} process{'es' * (processes.world > 1)}", vars(settings), ctx)
-    with one_line_when_memory_runs_out():
+    with one_line_when_the_device_fails(processes):
         data = read_data(settings.train_data), read_data(settings.val_data)
         check_apart(*data)
         base = load_base(settings.base_model)
@@ -141,13 +140,15 @@ def main(ctx: click.Context, **options) -> None:
 def open_folder(settings: SimpleNamespace, processes: Processes) -> tuple[RunFolder, tuple[Path, dict] | None]:
     """Return the output folder and (checkpoint, state) to go on from; all processes get rank 0's state."""
     folder = RunFolder(Path(settings.output_dir), settings.keep_checkpoints)
-    found = None
-    if processes.first and not settings.plan:
-        found = folder.find_resumable(settings.resume, settings.overwrite)
+
+    def look() -> list | None:
+        found = None if settings.plan else folder.find_resumable(settings.resume, settings.overwrite)
         if settings.resume and not found and not settings.overwrite:
             click.echo(f"{folder.path}: no checkpoint to resume; training from the start")
-    state = json.loads(processes.text_from_first(json.dumps([str(found[0]), found[1]] if found else None)))
-    return folder, (Path(state[0]), state[1]) if state else None
+        return [str(found[0]), found[1]] if found else None
+
+    found = processes.agreed(look)
+    return folder, (Path(found[0]), found[1]) if found else None
 
 
 def typed_options(ctx: click.Context) -> set[str]:
@@ -235,8 +236,7 @@ def lay_out(
     if found:
         layout = Layout(**found[1]["layout"])
     else:
-        chosen = asdict(choose_layout(settings, shape, device, train, val)) if processes.first else None
-        layout = Layout(**json.loads(processes.text_from_first(json.dumps(chosen))))
+        layout = Layout(**processes.agreed(lambda: asdict(choose_layout(settings, shape, device, train, val))))
     train, val = (part and part.without_overlong(layout.max_length) for part in (train, val))
     for part in (train, val):
         if part and processes.first:
@@ -246,11 +246,16 @@ def lay_out(
 
 
 @contextlib.contextmanager
-def one_line_when_memory_runs_out() -> Iterator[None]:
-    """Turn the device's out-of-memory error, whichever way it comes, into one line that says what to change."""
+def one_line_when_the_device_fails(processes: Processes) -> Iterator[None]:
+    """Turn the device's out-of-memory error, whichever way it comes, into one line that says what to change.
+
+    A process whose peer has ended ends too, without a word: the peer has said why.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if processes.world > 1 and is_peer_lost(error):
+            raise SystemExit(1) from error
         if not is_out_of_memory(error):
             raise
         reason = (str(error) or "MemoryError").splitlines()[0]

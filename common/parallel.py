@@ -4,11 +4,16 @@ Started by `mlx.launch -n 2 python train_mlx_lora.py ...` (or --hostfile); witho
 nothing here costs anything.
 """
 
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from common.errors import UserError
 
 LAUNCHED_BY = ("MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -33,10 +38,24 @@ class Processes:
         """Return rank 0's array; the others pass one of the same shape and dtype."""
         return array if self.world == 1 else self.sum(array if self.first else mx.zeros_like(array))
 
-    def text_from_first(self, text: str) -> str:
-        """Return rank 0's text."""
+    def agreed(self, decide: Callable[[], Any]) -> Any:
+        """Return what ``decide`` (a JSON value) says on rank 0; where it raises UserError all end, and rank 0 tells."""
         if self.world == 1:
-            return text
+            return decide()
+        answer, error = {}, None
+        if self.first:
+            try:
+                answer = {"value": decide()}
+            except UserError as refusal:
+                error = refusal
+        answer = json.loads(self._text_from_first(json.dumps(answer)))
+        if error:
+            raise error
+        if "value" not in answer:
+            raise SystemExit(1)
+        return answer["value"]
+
+    def _text_from_first(self, text: str) -> str:
         data = text.encode() if self.first else b""
         size = int(self.sum(mx.array([len(data)], dtype=mx.int32)).item())
         values = np.zeros(size, dtype=np.int32)
@@ -52,3 +71,8 @@ def join_processes() -> Processes:
     backend = "nccl" if "NCCL_HOST_IP" in os.environ else "ring" if "MLX_HOSTFILE" in os.environ else "any"
     group = mx.distributed.init(strict=True, backend=backend)
     return Processes(group.rank(), group.size(), group)
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Tell whether an error only says that another process has ended; that one has said why."""
+    return "connection to a peer was lost" in str(error)

@@ -13,7 +13,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from common import feed, memory
+from common.errors import UserError
 from common.optimizer import AdamW, clip, learning_rate_at, warmup_within
+from common.parallel import Processes
 from common.photo import load_photo
 from common.step import collate, pack_lora, packed_loss_and_grads
 from common.vlm import Base, Row, attach_lora, encode, load_base, lora_parameters
@@ -144,6 +146,22 @@ def test_two_ring_processes_equal_one_with_the_same_global_batch(data, tiny_base
     assert [(row["kind"], row["step"]) for row in one] == [(row["kind"], row["step"]) for row in two]
     np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-5)
     assert difference(Path("two"), Path("one")) < 1e-3
+
+
+def test_what_the_first_process_decides_all_do_and_it_alone_says_why_not(monkeypatch):
+    told = []
+    monkeypatch.setattr(Processes, "_text_from_first", lambda self, text: told.append(text) or told[0])
+
+    def refused():
+        raise UserError("no")
+
+    assert [Processes(rank, 2).agreed(lambda: {"micro": 2}) for rank in (0, 1)] == [{"micro": 2}] * 2
+    told.clear()
+    with pytest.raises(UserError, match="no"):
+        Processes(0, 2).agreed(refused)
+    with pytest.raises(SystemExit) as end:
+        Processes(1, 2).agreed(lambda: pytest.fail("only rank 0 decides"))
+    assert end.value.code == 1
 
 
 def free_port() -> int:
