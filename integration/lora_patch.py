@@ -1093,13 +1093,14 @@ class Service:
 
     def __init__(self):
         self.generating = threading.Lock()  # mlx-vlm keeps state in the model: one generation at a time
-        self.reloading = threading.Lock()
+        self.starting, self.reloading = threading.RLock(), threading.Lock()
         self.writing = threading.Lock()
         self.table: dict[str, Adapter] = {}
         self.mode, self.split, self.problem = "base", DEFAULTS["ab_test_split"], None
         self.asked: str | None = None  # the mode that /lora/reload was given
         self.model = self.base_name = self.base = None
         self.started, self.warned = False, set()
+        self.refusal: LoraError | None = None
         self.jobs_db, self.recording = None, "not started"
         self.pending: deque = deque(maxlen=1000)  # [value of each of COLUMNS, job id, tries]
         self.not_before, self.later = 0.0, None
@@ -1156,6 +1157,7 @@ class Service:
     def fail(self, error: LoraError) -> None:
         """Refuse in fine_tuned mode; serve the base, and say so, in the others."""
         if self.mode == "fine_tuned":
+            self.refusal = error
             raise error
         self.table, self.problem = {}, str(error)
         say(logging.ERROR, f"THE ADAPTER IS NOT IN USE, the base answers everything: {error}")
@@ -1171,10 +1173,14 @@ class Service:
             self.fail(error)
 
     def begin(self) -> None:
-        if not self.started:
-            self.started = True
-            self.base_name = getattr(parsed, "mlx_model", None)
-            self.load()
+        """Load once; a thread of the service's that loads the model early may come before `start`, or beside it."""
+        with self.starting:
+            if self.refusal is not None:
+                raise self.refusal
+            if not self.started:
+                self.started = True
+                self.base_name = getattr(parsed, "mlx_model", None)
+                self.load()
 
     def fit(self, table: dict[str, Adapter]) -> None:
         """Check adapters against the served model's files and, once it is loaded, its layers."""
@@ -1199,7 +1205,7 @@ class Service:
             mode = asked or self.wanted_mode(implied)
             table = {} if mode == "base" else self.read(sources)
             self.fit(table)
-            self.table, self.mode, self.problem, self.asked = table, mode, None, asked
+            self.table, self.mode, self.problem, self.refusal, self.asked = table, mode, None, None, asked
             self.split = self.split if split is None else split
         after = {advisor: adapter.version for advisor, adapter in table.items()}
         say(logging.INFO, f"reloaded: {mode}, {after or 'no adapter'} (before: {before or 'no adapter'})")
@@ -1668,6 +1674,7 @@ def start(app, get_model=None, db_path=None):
                 raise
             except Exception as error:  # the service would say so with its first request
                 raise LoraError(f"{_service.base_name}: cannot be loaded ({_one_line(error)})") from error
+        _service.begin()  # raises what a thread of the service's may have met, and swallowed
     except LoraError as error:
         if _service.mode == "fine_tuned":
             sys.exit(f"lora_patch: {error}")

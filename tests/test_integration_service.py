@@ -264,20 +264,32 @@ def test_without_flags_nothing_changes(tmp_path, tiny_base, sample_tree, photos)
     assert seen[0][0][-1] == 404  # no route of ours
 
 
-def test_fine_tuned_with_an_unusable_adapter_refuses_to_start_with_one_line(tmp_path, tiny_base, sample_tree, models):
-    flags = ("--mlx_model", tiny_base, "--model_mode", "fine_tuned")
-    missing = str(tmp_path / "nowhere")
-    cases = {missing: f"lora_patch: {missing}: no such adapter folder", None: "needs --lora_path"}
-    started = [
-        RunningService(
-            tmp_path / f"s{n}", STANDIN, sample_tree / "mondrian.db", *flags, *(["--lora_path", path] if path else [])
-        )
-        for n, path in enumerate(cases)
+def test_fine_tuned_with_an_unusable_adapter_refuses_to_start_with_one_line(tmp_path, tiny_base, sample_tree):
+    missing, other = tmp_path / "nowhere", make_adapter(tmp_path / "other", tiny_base, 1)
+    trained = json.loads((other / "training_args.json").read_text())
+    shape = trained["base_fingerprint"]["shape"]
+    trained["base_fingerprint"] |= {"name": "Qwen/Qwen3-VL-8B-Instruct", "architecture": "of 8B"}
+    (other / "training_args.json").write_text(json.dumps(trained))
+    preloading = next(path for path in VARIANTS if path.stem == "preloading")  # its thread may meet the refusal first
+    cases = [
+        (STANDIN, ["--lora_path", missing], f"lora_patch: {missing}: no such adapter folder"),
+        (STANDIN, [], "lora_patch: --model_mode fine_tuned needs --lora_path or --model_config"),
+        (
+            STANDIN,
+            ["--lora_path", other],
+            f"trained on Qwen/Qwen3-VL-8B-Instruct ({shape}), used on {tiny_base} ({shape})",
+        ),
+        (preloading, ["--lora_path", other], "trained on Qwen/Qwen3-VL-8B-Instruct"),
     ]
-    for running, expected in zip(started, cases.values(), strict=True):
-        assert running.process.wait(60) == 1
+    flags = ("--mlx_model", tiny_base, "--model_mode", "fine_tuned")
+    started = [
+        RunningService(tmp_path / f"s{number}", source, sample_tree / "mondrian.db", *flags, *more)
+        for number, (source, more, _) in enumerate(cases)
+    ]
+    for running, (_, _, expected) in zip(started, cases, strict=True):
+        assert running.process.wait(120) == 1
         running.log.close()
-        said = [line for line in running.said().splitlines() if "[INFO]" not in line]
+        said = [line for line in running.said().splitlines() if "[INFO]" not in line and "Starting" not in line]
         assert len(said) == 1 and expected in said[0], running.said()
 
 
