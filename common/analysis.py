@@ -81,7 +81,9 @@ def number(value: Any) -> int | float | None:
     if isinstance(value, str):
         match = _NUMBER.fullmatch(value)
         value = float(match[1]) if match else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if (
+        isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300
+    ):  # nor NaN, nor 400 digits
         return None
     return int(value) if value == int(value) else value
 

@@ -37,6 +37,7 @@ def judge(text: str, finish: str, dimensions: list[str]) -> dict:
     "mends": [what a lenient reader had to overlook], "analysis": object or None}.
     """
     analysis, mends = parse_lenient(text)
+    analysis = _encodable(analysis)
     foreign = foreign_text(analysis) is not None if analysis else not is_latin(text)
     problems = list(check_strict(text, dimensions)) if finish == "stop" else []
     found = set(_classify(text, finish, dimensions)) | ({"wrong_language"} if foreign else set())
@@ -54,6 +55,15 @@ def judge(text: str, finish: str, dimensions: list[str]) -> dict:
         "mends": [str(mend) for mend in mends],
         "analysis": analysis,
     }
+
+
+def _encodable(value: object):
+    r"""Replace what JSON's escapes can spell but no file can hold: half a surrogate pair ("\ud800")."""
+    if isinstance(value, dict):
+        return {name: _encodable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _classify(text: str, finish: str, dimensions: list[str]):

@@ -155,6 +155,7 @@ class ModelSource:
     def release(self) -> None:
         """Forget the features of the photographs that are done with."""
         self._rows.clear()
+        mx.clear_cache()  # on Metal freed buffers stay with MLX and out of the system's reach
 
     def _photos(self, item: Item) -> list:
         return [load_photo(path, self.sampling.max_image_size) for path in item.example.image_paths]

@@ -122,6 +122,28 @@ def test_judge_classifies(text, finish, failures):
     assert bool(verdict["problems"]) == bool(failures)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD.replace('"score":7', '"score":1' + "0" * 400, 1),
+        GOOD.replace('"score":7', '"score":1' + "0" * 5000, 1),
+        GOOD.replace('"score":7', '"score":1e999', 1),
+        GOOD.replace('"score":7', '"score":NaN', 1),
+        GOOD.replace("A lake", "\\ud800 lake"),
+        "[" * 100_000,
+        '{"a":' * 5000,
+        '{"dimensions":[null,1,{"name":{"a":1},"score":[1]}]}',
+        '{"dimensions":null}',
+    ],
+    ids=["400 digits", "5000 digits", "infinite", "NaN", "surrogate", "brackets", "braces", "kinds", "null"],
+)
+def test_hostile_output_can_be_judged_and_written(text):
+    prompt = {"dimensions": list(DIMENSIONS7), "terms": ["light"], "example_scores": [7] * 7}
+    verdict = judge.judge(text, "stop", list(DIMENSIONS7))
+    found = [verdict, judge.measure(text, verdict, analysis(), prompt)]
+    json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8")
+
+
 def test_judge_names_every_fault_worst_first():
     text = "```\n" + GOOD.replace("Lighting", "Light").replace('"score":7', '"score":0', 1) + "\n```"
     assert judge.judge(text, "stop", list(DIMENSIONS7))["failures"] == ["code_fence"]
