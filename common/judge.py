@@ -50,9 +50,9 @@ def judge(text: str, finish: str, dimensions: list[str]) -> dict:
     return {
         "strict": not found and not problems,
         "failures": [name for name in FAILURES if name in found],
-        "problems": [str(problem) for problem in problems],
+        "problems": _encodable([str(problem) for problem in problems]),
         "lenient": analysis is not None,
-        "mends": [str(mend) for mend in mends],
+        "mends": _encodable([str(mend) for mend in mends]),
         "analysis": analysis,
     }
 

@@ -130,12 +130,13 @@ def test_judge_classifies(text, finish, failures):
         GOOD.replace('"score":7', '"score":1e999', 1),
         GOOD.replace('"score":7', '"score":NaN', 1),
         GOOD.replace("A lake", "\\ud800 lake"),
+        GOOD.replace('"technical_notes"', '"\\ud800"'),
         "[" * 100_000,
         '{"a":' * 5000,
         '{"dimensions":[null,1,{"name":{"a":1},"score":[1]}]}',
         '{"dimensions":null}',
     ],
-    ids=["400 digits", "5000 digits", "infinite", "NaN", "surrogate", "brackets", "braces", "kinds", "null"],
+    ids=["400 digits", "5000 digits", "infinite", "NaN", "surrogate", "surrogate key", "brackets", "braces", "kinds", "null"],
 )
 def test_hostile_output_can_be_judged_and_written(text):
     prompt = {"dimensions": list(DIMENSIONS7), "terms": ["light"], "example_scores": [7] * 7}
