@@ -800,8 +800,11 @@ def _version(name: str) -> tuple[str, int]:
 
 def _from_folder(folder: Path, advisor: str) -> dict[str, Source]:
     """Find what a path names: one adapter, a deployed record, or a folder of versions (of several advisors)."""
+    folder = folder.expanduser()
     if folder.is_file() and folder.name == "deployed.json":
         return _from_record(folder)
+    if folder.is_file():
+        raise LoraError(f"{folder}: is a file; name the adapter's folder")
     if not folder.is_dir():
         raise LoraError(f"{folder}: no such adapter folder")
     if (folder / "deployed.json").is_file():

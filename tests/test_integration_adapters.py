@@ -526,6 +526,7 @@ def test_a_folder_of_versions(tree):
     ("lora_path", "expected"),
     [
         ("nowhere", "nowhere: no such adapter folder"),
+        ("models/qwen3-vl-4b-lora-ansel/adapters.safetensors", "is a file; name the adapter's folder"),
         ("ansel=models/qwen3-vl-4b-lora-ansel,ansel=nowhere", "ansel is named twice"),
         ("models/qwen3-vl-4b-lora-ansel,models/qwen3-vl-4b-lora-weston", "has no weight; combine as a:0.7,b:0.3"),
         ("models:0.5,models/qwen3-vl-4b-lora-weston:0.5", "holds several adapters"),

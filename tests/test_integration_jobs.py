@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from integration import lora_patch
-from tests.standin.running import PATCH, ROOT
+from tests.standin.running import PATCH, ROOT, make_adapter
 
 OLDEST = "CREATE TABLE jobs (id TEXT PRIMARY KEY, filename TEXT, advisor TEXT, status TEXT, analysis_markdown TEXT)"
 
@@ -143,6 +143,69 @@ def test_an_adapter_that_took_no_part_is_not_claimed_to_have(monkeypatch):
         lora_patch.choose("1", "ansel")
         assert lora_patch.generation(lambda full_prompt: GOOD)(JSON_PROMPT) == GOOD  # the base's, run again
         assert service.counts["fallback"] == 1 and sum(adapter.breaker.answers) == 1
+
+
+def test_a_request_cannot_choose_its_arm_unless_a_flag_allows_it(monkeypatch):
+    with serving(monkeypatch, []) as (service, _, _):
+        assert service.choose("1", "ansel", "base").model_used == "fine_tuned"
+        monkeypatch.setitem(lora_patch.flags, "allow_arm_override", True)
+        assert service.choose("1", "ansel", "base").model_used == "base"
+        assert service.choose("1", "ansel", "nonsense").model_used == "fine_tuned"
+        service.mode = "base"  # where there is no adapter in use, none can be chosen
+        assert service.choose("1", "ansel", "fine_tuned").model_used == "base"
+
+
+def test_a_model_config_is_followed_at_each_reload(monkeypatch, tmp_path, tiny_base):
+    make_adapter(tmp_path / "models" / "a", tiny_base, 1)
+    make_adapter(tmp_path / "models" / "b", tiny_base, 2)
+    config = tmp_path / "model_config.json"
+
+    def activate(name):
+        models = {
+            "base": {"lora_path": None},
+            "a": {"lora_path": "models/a"},
+            "b": {"lora_path": "models/b", "advisor": "Weston"},
+        }
+        config.write_text(json.dumps({"models": models, "active_model": name}))
+
+    monkeypatch.setitem(lora_patch.flags, "model_config", str(config))
+    activate("a")
+    service = lora_patch.Service()
+    service.begin()
+    assert (service.mode, list(service.table)) == ("fine_tuned", ["*"])
+    seen = []
+    for name, asked in (
+        ("b", None),
+        ("base", None),
+        ("a", None),
+        ("a", "base"),
+        ("b", None),
+        ("b", "ab_test"),
+        ("c", None),
+    ):
+        activate(name)
+        try:
+            service.reload(asked)
+        except lora_patch.LoraError as error:
+            assert "active_model 'c' is none of base, a, b" in str(error)
+        seen.append((service.mode, list(service.table)))
+    expected = [("fine_tuned", ["weston"]), ("base", []), ("fine_tuned", ["*"]), ("base", []), ("base", [])]
+    assert seen == [*expected, ("ab_test", ["weston"]), ("ab_test", ["weston"])]
+
+
+def test_an_unchanged_adapter_keeps_its_breaker_at_a_reload(monkeypatch, tmp_path, tiny_base):
+    folder = make_adapter(tmp_path / "a", tiny_base, 1)
+    monkeypatch.setitem(lora_patch.flags, "lora_path", str(folder))
+    monkeypatch.setitem(lora_patch.flags, "model_mode", "fine_tuned")
+    service = lora_patch.Service()
+    service.begin()
+    before = service.table["*"]
+    before.breaker.since = "now"
+    service.reload()
+    assert service.table["*"] is before
+    make_adapter(folder, tiny_base, 2)
+    service.reload()
+    assert service.table["*"] is not before and service.table["*"].breaker.since is None
 
 
 # -- migration ---------------------------------------------------------------------------------------------------------
