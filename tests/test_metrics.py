@@ -136,7 +136,18 @@ def test_judge_classifies(text, finish, failures):
         '{"dimensions":[null,1,{"name":{"a":1},"score":[1]}]}',
         '{"dimensions":null}',
     ],
-    ids=["400 digits", "5000 digits", "infinite", "NaN", "surrogate", "surrogate key", "brackets", "braces", "kinds", "null"],
+    ids=[
+        "400 digits",
+        "5000 digits",
+        "infinite",
+        "NaN",
+        "surrogate",
+        "surrogate key",
+        "brackets",
+        "braces",
+        "kinds",
+        "null",
+    ],
 )
 def test_hostile_output_can_be_judged_and_written(text):
     prompt = {"dimensions": list(DIMENSIONS7), "terms": ["light"], "example_scores": [7] * 7}
