@@ -4,6 +4,7 @@ import json
 import random
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from common import vlm
@@ -87,6 +88,20 @@ def test_adapter_is_switched_over_one_base(base, photos, requests, one_by_one):
         vlm.use_adapter(base, adapter)
     assert all(plain[key] != one_by_one[key] for key in plain)
     assert tokens(Decoding(base), requests[:4], 4) == {key: one_by_one[key] for key in plain}
+
+
+def test_quantized_base_gives_mlx_vlms_tokens(tiny_base, stirred, photos):
+    base = vlm.load_base(tiny_base)
+    nn.quantize(base.model.language_model, 64, 4)
+    read, config = read_adapter(stirred)
+    vlm.use_adapter(base, vlm.build_adapter(base, read, config["r"], config["lora_alpha"]))
+    rows = [
+        vlm.prepare_row(base, vlm.encode(base, prompt, [photo]))
+        for prompt, photo in zip(PROMPTS[:3], photos, strict=False)
+    ]
+    found = tokens(Decoding(base), [Request(row, str(at)) for at, row in enumerate(rows)], 3)
+    for at in range(3):
+        assert list(vlm.stream(base, PROMPTS[at], [photos[at]], TOKENS))[: len(found[str(at), 0])] == found[str(at), 0]
 
 
 def test_samples_depend_on_seed_and_row_alone(base, requests):
