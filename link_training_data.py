@@ -38,7 +38,7 @@ PHOTO_CACHE = ".photo_cache.db"
 @click.option("--status", multiple=True, default=("done", "completed"), show_default=True, help="statuses of jobs that ended well; may be repeated")  # fmt: skip  # noqa: E501
 @click.option("--mode", multiple=True, default=("base",), show_default=True, help='modes to take, may be repeated; "base": every mode but an adapter\'s, "all": those too')  # fmt: skip  # noqa: E501
 # What is written
-@click.option("--output_dir", type=click.Path(path_type=Path), default="training_data", show_default=True)
+@click.option("--output_dir", type=click.Path(path_type=Path), default="training_data", show_default=True, help="folder for all that is written")  # fmt: skip  # noqa: E501
 @click.option("--output_file", default="training_data_manifest.jsonl", show_default=True, help="name of the manifest in output_dir")  # fmt: skip  # noqa: E501
 @click.option("--min_examples", default=60, show_default=True, type=click.IntRange(min=0), help="warn when fewer jobs are linked")  # fmt: skip  # noqa: E501
 @click.option("--workers", type=click.IntRange(min=1), help="processes that read photographs and analyses  [default: all cores]")  # fmt: skip  # noqa: E501

@@ -19,26 +19,18 @@ from pathlib import Path
 
 import click
 
-from common.analysis import DIMENSIONS7, DIMENSIONS8, canonical_name
 from common.candidates import Candidate, Manifest, apply_gates, judge_all, keep_newest, response_of, tallies
-from common.card import data_card, histogram, sheet
+from common.card import charts, data_card, sheet
 from common.cli import ScriptCommand, print_settings
-from common.database import open_database, shown
+from common.database import shown
 from common.dataset import messages_row, triplet_row
 from common.errors import UserError
 from common.files import find_input, read_json, sha256_file, write_json, write_jsonl, write_text
 from common.findings import copied_sentence, findings_of
 from common.lengths import LengthCounter
 from common.near_duplicates import RADIUS, are_near, group_photos
-from common.prompts import (
-    DEFAULT_SYSTEM_PROMPT,
-    build_prompt,
-    demands_html,
-    prompt_dimensions,
-    prompt_example_scores,
-    read_prompts,
-)
-from common.quality import GATES, Target, placeholders_of, read_levels
+from common.quality import GATES, Target, read_levels
+from common.service_prompt import Prompt, make_target, service_prompt
 from common.split import Record, assign, settle
 from common.tables import counted, paragraph, table
 
@@ -56,7 +48,13 @@ REASONS = {
 # Data
 @click.option("--manifest", default="training_data_manifest.jsonl", show_default=True, help="manifest of link_training_data.py")  # fmt: skip  # noqa: E501
 @click.option("--advisor", help="advisor whose examples are prepared  [default: the manifest's only one]")
-@click.option("--output_dir", type=click.Path(path_type=Path), default="training_data", show_default=True)
+@click.option(
+    "--output_dir",
+    type=click.Path(path_type=Path),
+    default="training_data",
+    show_default=True,
+    help="folder for all that is written",
+)
 @click.option("--format", "row_format", type=click.Choice(["triplet", "messages"]), default="triplet", show_default=True, help="triplet: image_path, prompt, response; messages: chat rows for other trainers")  # fmt: skip  # noqa: E501
 @click.option("--dry_run", is_flag=True, help="print what would be written, and write nothing")
 # Prompt
@@ -123,62 +121,6 @@ def choose_advisor(manifest: Manifest, advisor: str | None) -> tuple[str, list[P
     if not re.fullmatch(r"\w[\w .-]*", spelled[0]):
         raise UserError(f"{manifest.path}: {shown(spelled[0])!r} cannot be part of a file name; rename the advisor")
     return spelled[0], list(map(Path, databases[spelled[0].lower()]))
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The service's prompt for an advisor, and where it came from."""
-
-    text: str
-    source: str
-    warnings: tuple[str, ...] = ()
-
-
-def service_prompt(advisor: str, databases: list[Path], system_file: Path | None, prompts_db: Path | None) -> Prompt:
-    """Return the prompt that the service would send, from the newest database that has a JSON system prompt.
-
-    A database of the HTML era gets the built-in JSON system prompt in its place, with a warning.
-    """
-    places = [prompts_db] if prompts_db else databases
-    if not places:
-        raise UserError("the manifest names no database; say where the prompts are with --prompts_db")
-    found = []
-    for path in places:
-        with open_database(path) as database:
-            found.append((path, read_prompts(database.connection, advisor)))
-    usable = [(path, prompts) for path, prompts in found if prompts.advisor_prompt]
-    if not usable:
-        names = ", ".join(map(str, places))
-        raise UserError(f"{names}: no prompt of {advisor!r} in table advisors; name a database with --prompts_db")
-    if system_file:
-        try:
-            system = system_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{system_file}: cannot be read as UTF-8 text ({error})") from error
-        path, prompts = usable[0]
-        return Prompt(build_prompt(system, advisor, prompts.advisor_prompt), f"{system_file}, advisor from {path}")
-    for path, prompts in usable:
-        if prompts.system_prompt and not demands_html(prompts.system_prompt):
-            return Prompt(build_prompt(prompts.system_prompt, advisor, prompts.advisor_prompt), str(path))
-    path, prompts = usable[0]
-    what = "demands HTML" if prompts.system_prompt else "is missing"
-    warning = (
-        f"the system prompt in {path} {what}: the project's own JSON system prompt takes its place; name another with "
-        "--system_prompt FILE or --prompts_db OTHER.db"
-    )
-    text = build_prompt(DEFAULT_SYSTEM_PROMPT, advisor, prompts.advisor_prompt)
-    return Prompt(text, f"built-in system prompt, advisor from {path}", (warning,))
-
-
-def make_target(prompt: str, dimensions: str | None) -> Target:
-    """Return what responses must look like: the dimensions the prompt asks for, or those of ``--dimensions``."""
-    if dimensions:
-        named = {"7": DIMENSIONS7, "8": DIMENSIONS8}.get(dimensions.strip())
-        names = named or tuple(canonical_name(name) for name in dimensions.split(",") if name.strip())
-    else:
-        names = tuple(canonical_name(name) for name in prompt_dimensions(prompt)) or DIMENSIONS7
-    scores, overall = prompt_example_scores(prompt)
-    return Target(names, placeholders_of(prompt), tuple(scores), overall)
 
 
 def shown_settings(manifest, advisor, output_dir, row_format, prompt, target, options) -> dict[str, object]:
@@ -458,20 +400,6 @@ class Work:
             (len(train), "training"),
             (len(val), "validation"),
         ]
-        longest = max(self.lengths["longest"], self.lengths["max_seq_length"])
-        step = next(n * 10**k for k in range(1, 9) for n in (1, 2, 5) if n * 10**k * 20 > longest)
-        dimensions = [
-            (
-                name,
-                histogram(
-                    *([c.scores[i] for c in side] for side in (train, val)),
-                    [n - 0.5 for n in range(12)],
-                    height=90,
-                    width=250,
-                ),
-            )
-            for i, name in enumerate(self.target.dimensions)
-        ]
         return {
             "advisor": self.advisor,
             "copied": self.copied,
@@ -482,16 +410,8 @@ class Work:
                 {"count": n, "label": label, "percent": round(100 * n / max(steps[0][0], 1), 1)} for n, label in steps
             ],
             "findings": self.findings,
-            "overall_chart": histogram(
-                *([c.overall or 0 for c in side] for side in (train, val)), [n / 2 for n in range(21)]
-            ),
-            "length_chart": histogram(
-                *([c.length for c in side] for side in (train, val)),
-                [n * step for n in range(21)],
-                self.lengths["max_seq_length"],
-            ),
+            **charts(train, val, self.target.dimensions, self.lengths["max_seq_length"]),
             "lengths": self.lengths,
-            "dimension_charts": dimensions,
             "gates": [
                 {"name": name, "meaning": GATES[name].meaning, "ids": ", ".join(gate["job_ids"][:6]), **gate}
                 for name, gate in self.gates.items()
@@ -510,25 +430,13 @@ class Work:
         same = report.get("sha256", {}).get(self.manifest.path.name) == sha256_file(self.manifest.path)
         return report if same else {}
 
-    def _pictures(self, side: str) -> list[dict]:
+    def _pictures(self, side: str) -> list[list[Candidate]]:
+        """Return the analyses of each picture on a side."""
         members: dict[int, list[Candidate]] = defaultdict(list)
         for candidate, group in zip(self.candidates, self.group_of, strict=True):
             if self.side_of.get(group) == side:
                 members[group].append(candidate)
-        pictures = []
-        for group in members.values():
-            kept = [candidate for candidate in group if candidate.side]
-            files = {candidate.sha256: candidate.image_path for candidate in [*reversed(group), *reversed(kept)]}
-            pictures.append(
-                {
-                    "paths": list(dict.fromkeys([kept[-1].image_path, *sorted(files.values())])),
-                    "overall": kept[-1].overall,
-                    "scores": kept[-1].scores,
-                    "jobs": len(group),
-                    "kept": len(kept),
-                }
-            )
-        return pictures
+        return list(members.values())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The data card: one self-contained page that shows a person what the adapter will be trained on.
 
-page = data_card(card)      # card: see `prepare_training_data.py`; returns HTML
+page = data_card(card)      # card: see `Work._card` in `prepare_training_data.py`; returns HTML
 """
 
 import base64
@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from common.candidates import Candidate
 from common.photo import PhotoError, load_photo
 
 SHEET_PHOTOS = 60  # photographs of each side on the contact sheets; a page of more would be slow to open
@@ -36,14 +37,27 @@ def thumbnail(path: str, side: int = _THUMB) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def sheet(side: str, groups: list[dict]) -> dict:
-    """Return a contact sheet. ``groups`` are {"paths", "overall", "scores", "jobs"}, one a picture."""
+def sheet(side: str, pictures: list[list[Candidate]]) -> dict:
+    """Return a contact sheet; ``pictures`` are the analyses of each picture, those of its copies included."""
+    groups = [_group(candidates) for candidates in pictures]
     shown = _spread(sorted(groups, key=lambda group: (-(group["overall"] or 0), group["paths"])), SHEET_PHOTOS)
     title = {"train": "Training photographs", "val": "Validation photographs"}[side]
     text = f"{len(groups):,} pictures" if len(groups) != 1 else "1 picture"
     if len(shown) < len(groups):
         text += f", of which {len(shown)} are shown, from the best to the worst overall score"
     return {"side": side, "title": title, "text": text, "photos": [_on_sheet(group) for group in shown]}
+
+
+def _group(candidates: list[Candidate]) -> dict:
+    kept = [candidate for candidate in candidates if candidate.side]
+    files = {candidate.sha256: candidate.image_path for candidate in [*reversed(candidates), *reversed(kept)]}
+    return {
+        "paths": list(dict.fromkeys([kept[-1].image_path, *sorted(files.values())])),
+        "overall": kept[-1].overall,
+        "scores": kept[-1].scores,
+        "jobs": len(candidates),
+        "kept": len(kept),
+    }
 
 
 def _on_sheet(group: dict) -> dict:
@@ -68,6 +82,27 @@ def _spread(items: list, count: int) -> list:
     if len(items) <= count:
         return items
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def charts(train: list[Candidate], val: list[Candidate], dimensions: tuple[str, ...], max_seq_length: int) -> dict:
+    """Return the histograms of overall scores, of lengths in tokens and of each dimension's scores."""
+    sides = train, val
+    longest = max(max_seq_length, *(candidate.length for side in sides for candidate in side))
+    step = next(n * 10**k for k in range(1, 9) for n in (1, 2, 5) if n * 10**k * 20 > longest)
+    halves, wholes = [n / 2 for n in range(21)], [n - 0.5 for n in range(12)]
+    return {
+        "overall_chart": histogram(*([c.overall for c in side if c.overall is not None] for side in sides), halves),
+        "length_chart": histogram(
+            *([c.length for c in side] for side in sides), [n * step for n in range(21)], max_seq_length
+        ),
+        "dimension_charts": [
+            (
+                name,
+                histogram(*([c.scores[i] for c in side if i < len(c.scores)] for side in sides), wholes, None, 90, 250),
+            )
+            for i, name in enumerate(dimensions)
+        ],
+    }
 
 
 def histogram(
