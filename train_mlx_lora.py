@@ -15,6 +15,7 @@ import contextlib
 import functools
 import math
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -35,27 +36,26 @@ from common.feed import (
     HostRow,
     Prepared,
     RowStore,
-    Sharding,
     evaluation_batches,
     feed,
     micro_batches,
     prepare_examples,
     step_examples,
-    steps_per_epoch,
 )
 from common.fingerprint import base_fingerprint, compare_fingerprints
 from common.interrupts import StopRequest
 from common.memory import GB, available_ram, find_device, is_out_of_memory, shape_of
-from common.optimizer import AdamW, clip, learning_rate_at, warmup_within
+from common.optimizer import clip, learning_rate_at
 from common.parallel import Processes, is_peer_lost, join_processes
 from common.photo import MAX_IMAGE_SIZE
 from common.plan import AUTO, Layout, check_numbers, choose_layout, limit_cache, print_plan, whole_number
-from common.progress import TrainingLog, make_reporter, require_reporter, say
+from common.progress import require_reporter, say
+from common.run import Run
 from common.run_folder import RunFolder, data_differences, refuse_differences, take_over
-from common.step import Batch, collate, loss_only, pack_lora, packed_loss_and_grads, unpack_lora
+from common.step import Batch, collate, loss_only, packed_loss_and_grads
 from common.training_data import DataFile, check_apart, read_data, report_overlong, resolve_paths
 from common.verdict import loss_summary, verdict
-from common.vlm import Base, attach_lora, load_base, lora_parameters
+from common.vlm import Base, attach_lora, load_base
 
 option = functools.partial(click.option, show_default=True)
 COUNT, POSITIVE = click.IntRange(0), click.IntRange(1)
@@ -125,8 +125,7 @@ def main(ctx: click.Context, **options) -> None:
         train, val, layout = lay_out(settings, base, train, val, found, processes)
         modules = attach_lora(base, settings.lora_r, settings.lora_alpha, settings.lora_dropout, seed=settings.seed)
         if settings.plan:
-            print_plan(base, settings, layout, train, val, sum(p.size for p in lora_parameters(base.model).values()))
-            return
+            return print_plan(base, settings, layout, train, val) if processes.first else None
         run = Run(settings, base, train, val, data, fingerprint, layout, folder, processes)
         run.begin(found)
         say_what_is_trained(run, modules)
@@ -183,6 +182,10 @@ def check_resumable(
     if state["processes"] != processes.world:
         differences.append(f"there were {state['processes']} processes, now {processes.world}")
     refuse_differences(folder.path, differences)
+    now = versions()
+    changed = [f"{name} {was}, now {now[name]}" for name, was in state["versions"].items() if now[name] != was]
+    if changed and processes.first:
+        click.echo(f"begun with {'; '.join(changed)}: the adapter may differ in rounding", err=True)
 
 
 def prepare(
@@ -263,105 +266,6 @@ def one_line_when_the_device_fails(processes: Processes) -> Iterator[None]:
             f"the device ran out of memory ({reason}); try --grad_checkpointing on, --micro_batch_size 1, a smaller "
             "--max_seq_length or --max_image_size; --plan shows what is needed. Checkpoints are whole: --resume goes on"
         ) from error
-
-
-# -- the run ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Position:
-    """How far a run is: all that a checkpoint tells of it besides tensors."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    best_step: int | None = None
-    best_loss: float | None = None
-    validations_since_best: int = 0
-    done: bool = False
-    stopped_early: bool = False
-
-
-@dataclass
-class Run:
-    """A training run: what it trains, on what, how far it is, and where it writes."""
-
-    settings: SimpleNamespace
-    base: Base
-    train: Prepared
-    val: Prepared | None
-    data: tuple[DataFile, DataFile | None]
-    fingerprint: dict
-    layout: Layout
-    folder: RunFolder
-    processes: Processes
-
-    def begin(self, found: tuple[Path, dict] | None) -> None:
-        """Start from the untrained adapter, or exactly where a checkpoint left off; claim the folder."""
-        settings, processes = self.settings, self.processes
-        self.sharding = Sharding(
-            settings.batch_size * settings.gradient_accumulation_steps * processes.world,
-            self.layout.micro,
-            processes.rank,
-            processes.world,
-        )
-        self.an_epoch = steps_per_epoch(len(self.train), self.sharding.global_batch)
-        self.total = settings.epochs * self.an_epoch
-        self.warmup = warmup_within(settings.warmup_steps, self.total)
-        self.optimizer = AdamW(pack_lora(self.base.model), settings.weight_decay)
-        self.position, self.best = Position(), {}
-        if found:
-            self._restore(*found)
-        self.log, self.reporter = None, None
-        if processes.first:
-            if said := self.folder.claim(fresh=not found):
-                click.echo(said)
-            self.reporter = make_reporter(settings.report_to, self.folder.path, vars(settings))
-            self.log = TrainingLog(self.folder.path, self.position.step if found else None)
-
-    def _restore(self, checkpoint: Path, state: dict) -> None:
-        self.position = Position(**state["position"])
-        names = ("values", "first", "second")
-        tensors = {name: mx.zeros_like(self.optimizer.values) for name in names}
-        if self.processes.first:
-            tensors = mx.load(str(checkpoint / "optimizer.safetensors"))
-            tensors["values"] = pack_lora(self.base.model, mx.load(str(checkpoint / "adapter.safetensors")))
-            best = checkpoint / "best.safetensors"
-            self.best = mx.load(str(best)) if best.is_file() else {}
-        tensors = {name: self.processes.from_first(tensors[name]) for name in names}
-        mx.eval(tensors, self.best)
-        self.optimizer.restore(tensors, self.position.step)
-
-    def save(self) -> Path | None:
-        """Write a checkpoint of the present position."""
-        if not self.processes.first:
-            return None
-        train, val = self.data
-        state = {
-            "schema_version": 1,
-            "position": asdict(self.position),
-            # order and dropout are functions of seed and step, so these two are the whole random state
-            "random_state": {"seed": self.settings.seed, "step": self.position.step},
-            "settings": vars(self.settings),
-            "layout": asdict(self.layout),
-            "processes": self.processes.world,
-            "train_data": train.record,
-            "val_data": val and val.record,
-            "base_fingerprint": self.fingerprint,
-            "versions": versions(),
-        }
-        tensors = {"adapter": unpack_lora(self.base.model, self.optimizer.values)}
-        tensors["optimizer"] = {"first": self.optimizer.first, "second": self.optimizer.second}
-        if self.best:
-            tensors["best"] = self.best
-        return self.folder.checkpoints.save(self.position.step, tensors, state)
-
-    def delivered(self) -> dict[str, mx.array]:
-        """Return the adapter in the base's own precision, which is also what the forward pass rounds it to."""
-        dtype = self.base.model.language_model.model.norm.weight.dtype
-        tensors = unpack_lora(self.base.model, self.optimizer.values)
-        return {name: tensor.astype(dtype) for name, tensor in tensors.items()}
 
 
 def say_what_is_trained(run: Run, modules: list[str]) -> None:
@@ -609,6 +513,7 @@ def finish(run: Run) -> None:
     last = run.delivered()
     run.log.draw()
     deliver(run.folder.path, record, run.best or last, last, lines)
+    shutil.rmtree(run.folder.cache, ignore_errors=True)
     run.reporter.close()
     for line in lines:
         click.echo(line)

@@ -1,7 +1,6 @@
 """What a finished run leaves behind: best and last adapter, training_args.json, model card, curve and verdict."""
 
 import platform
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,7 +30,6 @@ def deliver(
     write_adapter(folder, best, config)
     write_card(folder, record, verdict)
     write_json(folder / ARGS, record)
-    shutil.rmtree(folder / "cache", ignore_errors=True)
 
 
 def training_record(

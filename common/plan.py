@@ -24,7 +24,7 @@ from common.memory import (
 )
 from common.progress import clock
 from common.step import collate, loss_and_grads
-from common.vlm import Base
+from common.vlm import Base, lora_parameters
 
 AUTO = "auto"
 
@@ -107,10 +107,9 @@ def limit_cache(settings: SimpleNamespace, shape: Shape, device: Device, layout:
     mx.set_cache_limit(int(max(0.05 * device.budget, min(device.budget - plan.total, 0.25 * device.budget))))
 
 
-def print_plan(
-    base: Base, settings: SimpleNamespace, layout: Layout, train: Prepared, val: Prepared | None, trainable: int
-) -> None:
+def print_plan(base: Base, settings: SimpleNamespace, layout: Layout, train: Prepared, val: Prepared | None) -> None:
     """Run a few steps on the longest rows and print time, measured memory, adapter size and parameters."""
+    trainable = sum(tensor.size for tensor in lora_parameters(base.model).values())
     itemsize = base.model.language_model.model.norm.weight.dtype.size
     order = sorted(range(len(train)), key=lambda index: -train.lengths[index])
     probes = [order[: layout.micro]] * 2 + [order[len(order) // 2 :][: layout.micro]]  # the first one compiles

@@ -26,7 +26,8 @@ class RunFolder:
 
     @property
     def cache(self) -> Path:
-        return self.path / "cache"
+        """Where prepared rows wait that memory has no room for: beside the folder, which may yet be renamed."""
+        return self.path.with_name(f".{self.path.name}.cache")
 
     @property
     def finished(self) -> bool:
@@ -56,22 +57,26 @@ class RunFolder:
         ``fresh``: begin anew; what a former run left is renamed.
         """
         said = None
-        if fresh and (self.finished or self.checkpoints.steps()):
-            number = 1
-            while (aside := self.path.with_name(f"{self.path.name}.replaced-{number}")).exists():
-                number += 1
-            self.path.rename(aside)
-            said = f"the former {self.path} is now {aside}"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends, however it ends
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
+            if fresh and (self.finished or self.checkpoints.steps()):
+                number = 1
+                while (aside := self.path.with_name(f"{self.path.name}.replaced-{number}")).exists():
+                    number += 1
+                self.path.rename(aside)
+                said = f"the former {self.path} is now {aside}"
+                self._lock()
         except BlockingIOError as error:
             raise UserError(f"{self.path}: another run is training here; wait for it or name another folder") from error
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); name another --output_dir") from error
         self.checkpoints.sweep()
         return said
+
+    def _lock(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends, however it ends
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def take_over(settings: dict, typed: set[str], saved: dict) -> list[str]:

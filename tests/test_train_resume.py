@@ -17,6 +17,7 @@ import mlx.core as mx
 import pytest
 from PIL import Image
 
+import common.delivery
 import train_mlx_lora
 from common.checkpoint import Checkpoints, damage
 from common.errors import UserError
@@ -155,7 +156,7 @@ def test_rows_on_disk_give_the_same_adapter_and_are_mended(data, tiny_base, monk
     options = (*SETTINGS, "--output_dir", "disk", "--feature_cache", "disk")
     monkeypatch.setattr(train_mlx_lora, "train_loop", lambda run: (_ for _ in ()).throw(UserError("stopped here")))
     assert train_here(tiny_base, *options).exit_code == 1
-    rows = sorted(Path("disk/cache").iterdir())
+    rows = sorted(Path(".disk.cache").iterdir())
     assert len(rows) == 10
     damaged = bytearray(rows[0].read_bytes())
     damaged[-1] ^= 1  # what a bad disk does
@@ -165,7 +166,7 @@ def test_rows_on_disk_give_the_same_adapter_and_are_mended(data, tiny_base, monk
     monkeypatch.chdir(data)
     assert train_here(tiny_base, *options).exit_code == 0
     assert adapter_bytes(data / "disk") == adapter_bytes(data / "whole")
-    assert not Path("disk/cache").exists()
+    assert not Path(".disk.cache").exists()
 
 
 # -- what may not be resumed ------------------------------------------------------------------------------------------
@@ -262,9 +263,18 @@ def test_two_runs_do_not_share_a_folder(stopped, tiny_base):
     folder.claim(fresh=False)
     try:
         result = train_here(tiny_base, "--output_dir", "run", "--resume")
+        other = train_here(tiny_base, "--output_dir", "run", "--overwrite")
     finally:
         folder.lock.close()
-    assert result.exit_code == 1 and "another run is training here" in result.stderr.splitlines()[-1]
+    for refused in (result, other):
+        assert refused.exit_code == 1 and "another run is training here" in refused.stderr.splitlines()[-1]
+    assert not Path("run.replaced-1").exists()
+
+
+def test_other_versions_are_said(stopped, tiny_base, monkeypatch):
+    monkeypatch.setattr(train_mlx_lora, "versions", lambda: dict.fromkeys(common.delivery.versions(), "9.9"))
+    result = train_here(tiny_base, "--output_dir", "run", "--resume")
+    assert "; mlx-vlm 0.7.10, now 9.9" in result.stderr and "the adapter may differ in rounding" in result.stderr
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
