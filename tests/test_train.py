@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_vlm
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from PIL import Image
 
 import train_mlx_lora
@@ -416,3 +418,24 @@ def test_twelve_megapixels_on_their_side_train_like_the_prepared_picture(data, t
         assert result.exit_code == 0, result.output
         losses.append([row["loss"] for row in log_of(Path(name))])
     assert losses[0] == losses[1]
+
+
+# -- other bases ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantize": True, "q_bits": 4, "q_group_size": 64}])
+def test_16_bit_and_quantized_bases_train_and_deliver_what_mlx_vlm_loads(options, data, tiny_base, tmp_path):
+    base = tmp_path / "base"
+    mlx_vlm.convert(str(tiny_base), str(base), **options)
+    result = train_here(base, "--epochs", 2, "--learning_rate", 2e-3)
+    assert result.exit_code == 0, result.output
+    record = json.loads((ADAPTER / "training_args.json").read_text())
+    assert record["result"]["val_loss_best"] < record["result"]["val_loss_first"] - 0.1
+    bits = record["base_fingerprint"]["quantization"]
+    assert (bits and bits["bits"]) == options.get("q_bits")
+    tensors = mx.load(str(ADAPTER / "adapters.safetensors"))
+    half = options.get("dtype") == "bfloat16"
+    assert {tensor.dtype for tensor in tensors.values()} == {mx.bfloat16 if half else mx.float32}
+    model, _ = mlx_vlm.load(str(base), adapter_path=str(ADAPTER))
+    loaded = dict(tree_flatten(model.parameters()))
+    assert all(mx.array_equal(loaded[name], tensors[name]) for name in tensors)
