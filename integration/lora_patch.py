@@ -13,6 +13,7 @@ here returns at once and nothing changes.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import contextvars
 import functools
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+import tokenize
 import uuid
 import warnings
 from collections import Counter, deque
@@ -2100,8 +2102,6 @@ BY_HAND = {
     "choose": "in /analyze, before run_model_mlx():   lora_patch.choose(job_id=job_id, advisor=advisor)",
     "start": "before app.run(...):                   lora_patch.start(app, get_mlx_model)",
 }
-
-
 VERBS = ("get", "post", "put")  # methods of a view class; too common as names to follow by name
 
 
@@ -2117,9 +2117,6 @@ class _File:
     """A Python source: its bytes, its syntax tree, and where in the bytes a node of the tree stands."""
 
     def __init__(self, raw: bytes, path: Path):
-        import ast
-        import tokenize
-
         try:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
             self.bom = b"\xef\xbb\xbf" if encoding == "utf-8-sig" else b""
@@ -2157,16 +2154,12 @@ class _File:
         return b"\r\n" if self.lines[line - 1].endswith(b"\r\n") else b"\n"
 
     def statement(self, node):
-        import ast
-
         while not isinstance(node, ast.stmt):
             node = self.parents[node]
         return node
 
     def function(self, node):
         """Return the innermost function around a node, or None."""
-        import ast
-
         node = self.parents.get(node)
         while node is not None and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             node = self.parents.get(node)
@@ -2191,19 +2184,13 @@ class Installer:
         return [node for node in self.file.nodes if isinstance(node, kind)]
 
     def calls(self):
-        import ast
-
         return self.walk(ast.Call)
 
     def functions(self):
-        import ast
-
         return self.walk(ast.FunctionDef | ast.AsyncFunctionDef)
 
     def made_by(self, *makers: str) -> set[str]:
         """Return the variables that are assigned from a call of one of these functions or classes."""
-        import ast
-
         found = set()
         for node in self.walk(ast.Assign | ast.AnnAssign):
             if isinstance(node.value, ast.Call) and self.file.source(node.value.func).rsplit(".", 1)[-1] in makers:
@@ -2213,8 +2200,6 @@ class Installer:
 
     def mlx_names(self, wanted: set[str]) -> set[str]:
         """Return how the file may call functions of mlx_vlm: {"generate", "mlx_vlm.generate", "mv.generate"}."""
-        import ast
-
         names = set()
         for node in self.walk(ast.Import | ast.ImportFrom):
             for alias in node.names:
@@ -2240,11 +2225,13 @@ class Installer:
     # editing
 
     def line_before(self, key: str, statement, text: str) -> bool:
-        indent = self.file.indent(statement)
-        start = self.file.at(statement.lineno, 0)
+        indent, line = self.file.indent(statement), statement.lineno
+        if key != "generation":  # which is a decorator itself, and the innermost
+            line = min([line, *(node.lineno for node in getattr(statement, "decorator_list", []))])
+        start = self.file.at(line, 0)
         if indent is None or self.file.text[start + len(indent) :].startswith(b"elif"):
             return False
-        self.insert(key, start, indent + text.encode() + self.file.end_of_line(statement.lineno), statement.lineno)
+        self.insert(key, start, indent + text.encode() + self.file.end_of_line(line), line)
         return True
 
     def line_after(self, key: str, statement, text: str) -> bool:
@@ -2296,8 +2283,6 @@ class Installer:
         return new
 
     def refuse_own_lora(self) -> None:
-        import ast
-
         ours = {f"--{name}" for name in DEFAULTS}
         for call in self.calls():
             if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
@@ -2311,8 +2296,6 @@ class Installer:
                 self.problem(call, "the service loads an adapter of its own (adapter_path); remove that first")
 
     def place_arguments(self) -> None:
-        import ast
-
         parses = ("parse_args", "parse_known_args", "parse_intermixed_args", "parse_known_intermixed_args")
         found = [c for c in self.calls() if isinstance(c.func, ast.Attribute) and c.func.attr in parses]
         makers = self.made_by("ArgumentParser")
@@ -2339,8 +2322,6 @@ class Installer:
             self.wrap("add_arguments", receiver, "add_arguments")
 
     def place_attach(self) -> None:
-        import ast
-
         self.loaders, simple_target = [], (ast.Name, ast.Attribute, ast.Subscript)
         loads = self.calls_of({"load"})
         if not loads:
@@ -2363,8 +2344,6 @@ class Installer:
             self.wrap("attach", call, "attach", name)
 
     def place_generation(self) -> None:
-        import ast
-
         names = self.mlx_names({"generate", "stream_generate"})
         names |= {  # ask = mlx_vlm.generate
             target.id
@@ -2401,8 +2380,6 @@ class Installer:
 
     def routes(self, function) -> list[str]:
         """Return the paths that a function answers, by decorator, by app.add_url_rule or as a view class's method."""
-        import ast
-
         paths = []
         for call in function.decorator_list:
             routes = isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
@@ -2424,14 +2401,10 @@ class Installer:
 
     @staticmethod
     def constant(call, keyword: str) -> str:
-        import ast
-
         nodes = [*call.args[:1], *(k.value for k in call.keywords if k.arg == keyword)]
         return next((n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)), "?")
 
     def mentions(self, node) -> set[str]:
-        import ast
-
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
         return names | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
 
@@ -2446,8 +2419,6 @@ class Installer:
             names |= more
 
     def place_choose(self) -> None:
-        import ast
-
         names = self.reaching()
         views = [f for f in self.functions() if any("analy" in path for path in self.routes(f))]
         views = [f for f in views if self.leads(f, names - {f.name})]
@@ -2464,8 +2435,6 @@ class Installer:
 
     def choose_in(self, view, names: set[str]) -> None:
         """Insert the line before the first statement of the view that leads to the model, with the view's own names."""
-        import ast
-
         block = view.body
         while True:
             index = next((i for i, s in enumerate(block) if self.leads(s, names)), None)
@@ -2500,8 +2469,6 @@ class Installer:
 
     def leads(self, node, names: set[str]) -> bool:
         """Tell whether a piece of code asks the model, itself or through one of the functions of these names."""
-        import ast
-
         return bool(self.mentions(node) & names) or any(inner in self.asking for inner in ast.walk(node))
 
     @staticmethod
@@ -2517,8 +2484,6 @@ class Installer:
 
         That is what is read from a request field of that name, or a parameter, variable or loop's target so called.
         """
-        import ast
-
         fields = {"advisor": ("advisor", "advisorid"), "job": ("jobid", "xjobid", "analysisid")}[kind]
         read, named = None, None
         parameters = [a.arg for a in (*view.args.posonlyargs, *view.args.args, *view.args.kwonlyargs)]
@@ -2554,8 +2519,6 @@ class Installer:
 
     def is_field(self, value, fields: tuple[str, ...]) -> bool:
         """Tell whether a value is a request's field of one of these names, as it is or tidied (.lower())."""
-        import ast
-
         if isinstance(value, ast.BoolOp):
             return self.is_field(value.values[0], fields)
         if isinstance(value, ast.IfExp):
@@ -2576,8 +2539,6 @@ class Installer:
     @staticmethod
     def pairs(target, value) -> list[tuple]:
         """Take ``a, b = x, y`` apart."""
-        import ast
-
         both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
         alike = both and len(target.elts) == len(value.elts)
         return list(zip(target.elts, value.elts, strict=True)) if alike else [(target, value)]
@@ -2599,8 +2560,6 @@ class Installer:
                     self.wrap("carry", node, "carry")
 
     def place_start(self) -> None:
-        import ast
-
         apps = self.made_by("Flask", "create_app", "make_app", "build_app") or {"app", "application"}
         servers = ("serve", "run", "run_simple", "make_server", "WSGIServer", "serve_forever")
         runs = {}  # statement -> where the app stands in it
@@ -2633,8 +2592,6 @@ class Installer:
 
     def database(self) -> str | None:
         """Return the module's variable that names the database, by its sqlite3.connect calls."""
-        import ast
-
         level = {
             t.id for s in self.file.tree.body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)
         }
@@ -2643,8 +2600,6 @@ class Installer:
         return min(names, key=lambda name: not re.search("DB|DATABASE", name.upper()), default=None)
 
     def place_import(self) -> None:
-        import ast
-
         body = self.file.tree.body
         first_edit = min((start for start, _, _ in self.edits), default=len(self.file.text))
         last = None
@@ -2681,8 +2636,6 @@ class Installer:
 
 def uninstalled(raw: bytes, path: Path) -> bytes:
     """Return a service file without our lines, whatever else was changed in it since."""
-    import ast
-
     file = _File(raw, path)
     edits = []
 
@@ -2725,8 +2678,6 @@ def uninstalled(raw: bytes, path: Path) -> bytes:
 
 def inserted(raw: bytes, path: Path) -> set[str]:
     """Return which of our lines a file has (keys of BY_HAND)."""
-    import ast
-
     tree = _File(raw, path).tree
     found = set()
     for node in ast.walk(tree):
