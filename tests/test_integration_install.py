@@ -302,7 +302,7 @@ SHAPES = {
     "a decorated function in the view": (
         changed(
             "    try:\n        rag_context",
-            "    @stream_with_context\n    def events():\n        yield run_model_mlx(build_full_prompt(advisor), image_path)\n\n"
+            "    @stream_with_context\n    def events():\n        yield run_model_mlx(advisor, image_path)\n\n"
             "    if mode == 'stream':\n        return Response(events())\n    try:\n        rag_context",
         ),
         "    lora_patch.choose(job_id=job_id, advisor=advisor)\n    @stream_with_context\n",

@@ -145,6 +145,43 @@ def test_an_adapter_that_took_no_part_is_not_claimed_to_have(monkeypatch):
         assert service.counts["fallback"] == 1 and sum(adapter.breaker.answers) == 1
 
 
+def streaming(answers):
+    """A generating function that yields: the adapter's answers piece by piece, or the base's."""
+
+    @lora_patch.generation
+    def run(full_prompt):
+        use = lora_patch._active.get()
+        if use is None:
+            yield from ("of ", "the base")
+            return
+        use.happened = True
+        yield from answers.pop(0)
+
+    return run
+
+
+def test_a_bad_stream_is_made_good_before_anything_of_it_is_passed_on(monkeypatch):
+    with serving(monkeypatch, []) as (service, adapter, _):
+        run = streaming([[GOOD[:9], GOOD[9:]], ["{", "broken"]])
+        lora_patch.choose("1", "ansel")
+        assert list(run(JSON_PROMPT)) == [GOOD[:9], GOOD[9:]]
+        assert list(run(JSON_PROMPT)) == ["of ", "the base"]
+        assert list(adapter.breaker.answers) == [False, True] and not service.generating.locked()
+
+
+def test_a_stream_that_is_not_to_be_retried_flows_and_may_be_left(monkeypatch):
+    with serving(monkeypatch, [], fallback_on_invalid=False) as (service, adapter, _):
+        run = streaming([["{", "broken"], ["{", "left alone"], [GOOD]])
+        lora_patch.choose("1", "ansel")
+        assert list(run(JSON_PROMPT)) == ["{", "broken"]
+        pieces = run(JSON_PROMPT)
+        assert next(pieces) == "{" and service.generating.locked()
+        assert lora_patch._active.get() is None  # between the pieces nobody else answers with the adapter
+        pieces.close()
+        assert not service.generating.locked() and list(run(JSON_PROMPT)) == [GOOD]
+        assert list(adapter.breaker.answers) == [True, False]  # the reader who left is no bad answer
+
+
 def test_a_request_cannot_choose_its_arm_unless_a_flag_allows_it(monkeypatch):
     with serving(monkeypatch, []) as (service, _, _):
         assert service.choose("1", "ansel", "base").model_used == "fine_tuned"
