@@ -79,7 +79,7 @@ versions: $(READY) ## table of the advisor's versions with their figures
 
 demo: $(READY) $(DEMO)/base/model.safetensors ## the whole pipeline on a sample tree and a tiny Qwen3-VL, in minutes
 	@$(MAKE) --no-print-directory train ADVISOR=ansel MONDRIAN=$(DEMO)/mondrian DB=$(DEMO)/mondrian WORK=$(DEMO) \
-	  BASE_MODEL=$(DEMO)/base LINK_ARGS= PREPARE_ARGS="--base_model $(DEMO)/base" TRAIN_ARGS="--epochs 5 --learning_rate 3e-3 --resume"
+	  BASE_MODEL=$(DEMO)/base LINK_ARGS= PREPARE_ARGS="--base_model $(DEMO)/base" TRAIN_ARGS="--epochs 6 --learning_rate 3e-3 --resume"
 	@rm -f $(DEMO)/evaluation/comparison_report.json
 	@$(RUN) evaluate_lora.py --lora_path $(DEMO)/models/qwen3-vl-4b-lora-ansel \
 	  --output_report $(DEMO)/evaluation/comparison_report.json || true
@@ -91,7 +91,7 @@ $(DEMO)/mondrian/mondrian.db: $(SAMPLE) | $(READY)
 # another base, another adapter
 $(DEMO)/base/model.safetensors: $(DEMO)/mondrian/mondrian.db $(SAMPLE) | $(READY)
 	@rm -rf $(DEMO)/models $(DEMO)/evaluation
-	@$(RUN) tests/sample/make_tiny_model.py --output_dir $(DEMO)/base --pretrain_steps 400
+	@$(RUN) tests/sample/make_tiny_model.py --output_dir $(DEMO)/base --pretrain_steps 540
 
 test: $(READY) ## run the tests
 	$(RUN) -m pytest

@@ -43,6 +43,8 @@ def main(report_path: Path) -> None:
         click.echo(f"  {gate['verdict']:<15}{gate['title']}: {gate['reason']}")
         if gate in failed and gate["name"] in EXPECTED_TO_FAIL:
             click.echo(f"{'':17}{EXPECTED_TO_FAIL[gate['name']]}")
+    if failed:
+        click.echo("  A gate that fails keeps an adapter from service, so the report's verdict is: must not ship.")
     click.echo(f"\nReport:  {report_path.with_suffix('.html')}\nAdapter: {report['arms']['candidate']['adapter']}")
     surprises = [gate["title"] for gate in failed if gate["name"] not in EXPECTED_TO_FAIL]
     if surprises:

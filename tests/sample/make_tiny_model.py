@@ -61,7 +61,7 @@ CHAT_TEMPLATE = """\
 @click.option("--output_dir", type=click.Path(path_type=Path), required=True, help="Folder to write the model to.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the weights.")
 @click.option("--pretrain_steps", default=0, show_default=True, help="Steps of pre-training; 0 leaves random weights.")
-@click.option("--pretrain_seconds", default=100.0, show_default=True, help="Stop pre-training after so long.")
+@click.option("--pretrain_seconds", default=120.0, show_default=True, help="Stop pre-training after so long.")
 @click.option("--vocab_size", default=2048, show_default=True, help="Tokens of the tokenizer, special tokens included.")
 def main(output_dir: Path, seed: int, pretrain_steps: int, pretrain_seconds: float, vocab_size: int) -> None:
     """Make a tiny Qwen3-VL model folder."""

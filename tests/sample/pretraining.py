@@ -28,6 +28,7 @@ BATCH_SIZE = 8
 LOG2_E = 1.4426950408889634
 LEARNING_RATE = 1.5e-3
 
+TASKS = ("measure", "recall", "critique", "measure", "recall", "recall")
 MEASURE_PROMPT = "Measure the photograph."
 RECALL_PROMPT = "Recall what a master said of such a subject."
 # for a low, a middling and a high score: adjective, advice
@@ -104,7 +105,7 @@ def pretrain(model, processor, config: dict, steps: int, seconds: float, seed: i
     losses, deadline = {}, time.monotonic() + seconds
     with tqdm(total=steps, desc="pre-training the base", unit="step") as bar:
         for step in range(steps):
-            task = ("measure", "recall", "measure", "critique")[step % 4]
+            task = TASKS[step % len(TASKS)]
             upright = rng.random() < 0.25
             rows = rng.sample([picture for picture in pictures if picture.scene.upright == upright], BATCH_SIZE)
             batch = make_batch(processor, config, rows, [text(rng, row.scene, task) for row in rows])
