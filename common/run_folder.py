@@ -71,6 +71,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); name another --output_dir") from error
         self.checkpoints.sweep()
+        for folder in (self.path, self.path / "last", self.cache):  # what killed runs left half-written
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
         return said
 
     def _lock(self) -> None:

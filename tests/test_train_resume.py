@@ -144,10 +144,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(data, tiny_bas
 def test_killed_while_delivering_it_delivers_on_resume(data, tiny_base, monkeypatch):
     monkeypatch.chdir(data)
     shutil.copytree("whole", "undelivered")
+    Path("undelivered/.loss_curve.png.killed.tmp").touch()
     for name in ("training_args.json", "adapters.safetensors", "adapter_config.json"):
         Path("undelivered", name).unlink()
     result = train_here(tiny_base, *SETTINGS, "--output_dir", "undelivered", "--resume")
     assert result.exit_code == 0 and "going on after step 16" in result.output
+    assert not list(Path("undelivered").glob("*.tmp"))
     assert adapter_bytes(data / "undelivered") == adapter_bytes(data / "whole")
 
 
