@@ -14,6 +14,7 @@ further apart.
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,7 @@ THUMB_BYTES = SIDE * SIDE + 2 * CHROMA * CHROMA
 LUMA_SHARE, MIN_LUMA_ERROR, MAX_LUMA_ERROR = 0.35, 5.0, 16.0
 MAX_CHROMA_ERROR = 14.0
 GREY = 4.0  # mean distance from grey below which a picture counts as black and white
+_LOOK_BACK = 500  # pictures of the same hash that one is compared with when it is not like the first of a group
 FLAT = 2.5  # standard deviation of brightness below which a picture has no structure to hash
 
 _k = np.arange(SIDE)
@@ -117,28 +119,74 @@ def _textured_pairs(data: np.ndarray, radius: int) -> list[tuple[int, int]]:
     """Pair pictures by hash, in each of the four ways to turn them, and confirm by thumbnail."""
     if len(data) < 2:
         return []
-    luma = data[:, : SIDE * SIDE].reshape(-1, SIDE, SIDE)
-    chroma = data[:, SIDE * SIDE :].reshape(-1, 2, CHROMA, CHROMA)
-    hashes = _hashes(luma)
+    pictures = _Pictures(data)
+    hashes = _hashes(pictures.luma)
     union = _Union(len(data))
-    pairs = []
+    pairs: list[tuple[int, int]] = []
+
+    def join(one: int, two: int) -> None:
+        union.join(one, two)
+        pairs.append((min(one, two), max(one, two)))
+
+    # a thousand copies of one picture share a few hashes: they are joined here, and one stands for them below
+    leaders = [leader for same in _same_hashes(hashes) for leader in _leaders(pictures, same, join)]
+    leaders = np.asarray(sorted(leaders))
+    refused: set[tuple[int, int, int]] = set()
     for turn in range(4):
-        turned = np.rot90(luma, turn, axes=(1, 2))
-        own = hashes if turn == 0 else _hashes(turned)
-        for at, near in _candidates(hashes, own, radius):
-            for other in near:
-                one, two = int(other), int(at)
-                if one == two or (turn == 0 and one > two) or union.find(one) == union.find(two):
+        turned = pictures.turned(turn)
+        own = hashes if turn == 0 else _hashes(turned.luma)
+        for asking, found in _candidates(hashes[leaders], own[leaders], radius):
+            for one, two in zip(leaders[found].tolist(), leaders[asking].tolist(), strict=True):
+                if one == two or (turn == 0 and one > two) or (one, two, turn) in refused:
                     continue
-                if _agree(luma[one], turned[two], chroma[one], np.rot90(chroma[two], turn, axes=(1, 2))):
-                    union.join(one, two)
-                    pairs.append((min(one, two), max(one, two)))
+                if union.find(one) == union.find(two):
+                    continue
+                if _agree(pictures, one, turned, np.array([two]))[0]:
+                    join(one, two)
+                else:
+                    refused.add((one, two, turn))
     return pairs
 
 
-def _candidates(table: np.ndarray, queries: np.ndarray, radius: int):
-    """Yield (query index, table indices whose hashes are within ``radius`` bits)."""
-    near: dict[int, set[int]] = defaultdict(set)
+class _Pictures:
+    """Thumbnails as arrays: luma [n, 16, 16] and chroma [n, 2, 4, 4]."""
+
+    def __init__(self, data: np.ndarray):
+        self.luma = data[:, : SIDE * SIDE].reshape(-1, SIDE, SIDE)
+        self.chroma = data[:, SIDE * SIDE :].reshape(-1, 2, CHROMA, CHROMA)
+
+    def turned(self, turn: int) -> "_Pictures":
+        other = object.__new__(_Pictures)
+        other.luma = np.rot90(self.luma, turn, axes=(1, 2))
+        other.chroma = np.rot90(self.chroma, turn, axes=(2, 3))
+        return other
+
+
+def _same_hashes(hashes: np.ndarray) -> Iterator[list[int]]:
+    order = np.argsort(hashes, kind="stable")
+    for same in np.split(order, np.flatnonzero(np.diff(hashes[order])) + 1):
+        yield same.tolist()
+
+
+def _leaders(pictures: _Pictures, same: list[int], join: Callable[[int, int], None]) -> list[int]:
+    """Join the pictures of one hash that agree; return one of each that were not joined to an earlier one."""
+    leaders = same[:1]
+    for position, picture in enumerate(same[1:], start=1):
+        agreeing = np.flatnonzero(_agree(pictures, picture, pictures, np.array(leaders, dtype=int)))
+        if len(agreeing):
+            join(leaders[agreeing[0]], picture)
+            continue
+        # not like the first of a group, perhaps like another of it
+        earlier = np.array(same[max(0, position - _LOOK_BACK) : position], dtype=int)
+        agreeing = np.flatnonzero(_agree(pictures, picture, pictures, earlier))
+        if len(agreeing):
+            join(int(earlier[agreeing[0]]), picture)
+        leaders.append(picture)
+    return leaders
+
+
+def _candidates(table: np.ndarray, queries: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (query indices, table indices) of hashes within ``radius`` bits; a pair may come more than once."""
     slack = radius // 4
     masks = [sum(1 << bit for bit in bits) for n in range(slack + 1) for bits in itertools.combinations(range(16), n)]
     for band in range(4):
@@ -146,8 +194,7 @@ def _candidates(table: np.ndarray, queries: np.ndarray, radius: int):
         keys = ((table >> shift) & np.uint64(0xFFFF)).astype(np.uint32)
         wanted = ((queries >> shift) & np.uint64(0xFFFF)).astype(np.uint32)
         order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        starts = np.searchsorted(keys, np.arange(65537))
+        starts = np.searchsorted(keys[order], np.arange(65537))
         for mask in masks:
             probe = wanted ^ np.uint32(mask)
             low, counts = starts[probe], starts[probe + 1] - starts[probe]
@@ -157,22 +204,18 @@ def _candidates(table: np.ndarray, queries: np.ndarray, radius: int):
             offsets = np.arange(len(asking)) - np.repeat(np.cumsum(counts) - counts, counts)
             found = order[low[asking] + offsets]
             close = np.bitwise_count(table[found] ^ queries[asking]) <= radius
-            for at, other in zip(asking[close].tolist(), found[close].tolist(), strict=True):
-                near[at].add(other)
-    for at in sorted(near):
-        yield at, sorted(near[at])
+            yield asking[close], found[close]
 
 
-def _agree(luma: np.ndarray, other: np.ndarray, chroma: np.ndarray, other_chroma: np.ndarray) -> bool:
-    """Tell whether two thumbnails show one picture; a black-and-white copy of a color picture counts as the same."""
-    difference = luma.astype(np.float64) - other
-    allowed = min(max(LUMA_SHARE * min(luma.std(), other.std()), MIN_LUMA_ERROR), MAX_LUMA_ERROR)
-    if difference.std() > allowed:
-        return False
-    one, two = chroma.astype(np.float64) - 128, other_chroma.astype(np.float64) - 128
-    if min(np.abs(one).mean(), np.abs(two).mean()) < GREY:
-        return True
-    return float(np.sqrt(((one - two) ** 2).mean())) <= MAX_CHROMA_ERROR
+def _agree(pictures: _Pictures, one: int, others: _Pictures, which: np.ndarray) -> np.ndarray:
+    """Tell with which of ``others`` picture ``one`` agrees; a black-and-white copy counts as the same picture."""
+    luma, other = pictures.luma[one].astype(np.float32), others.luma[which].astype(np.float32)
+    contrast = np.minimum(luma.std(), other.std(axis=(1, 2)))
+    allowed = np.clip(LUMA_SHARE * contrast, MIN_LUMA_ERROR, MAX_LUMA_ERROR)
+    agree = (other - luma).std(axis=(1, 2)) <= allowed
+    chroma, tint = pictures.chroma[one].astype(np.float32) - 128, others.chroma[which].astype(np.float32) - 128
+    grey = np.minimum(np.abs(chroma).mean(), np.abs(tint).mean(axis=(1, 2, 3))) < GREY
+    return agree & (grey | (np.sqrt(((tint - chroma) ** 2).mean(axis=(1, 2, 3))) <= MAX_CHROMA_ERROR))
 
 
 def are_near(one: bytes, other: bytes, radius: int = RADIUS) -> bool:
