@@ -18,9 +18,11 @@ from common.analysis import compact_json, projected
 from common.database import sortable_time
 from common.errors import UserError, refuse
 from common.files import read_rows
+from common.near_duplicates import THUMB_BYTES
 from common.quality import Crowd, Target, copied_scores, judge
 
 _NEEDED = {"job_id": str, "advisor": str, "image_path": str, "image_sha256": str, "image_thumb": str, "analysis": dict}
+_OPTIONAL = {"mends": list, "prompt_scores": list, "image_width": int, "image_height": int, "image_size": int}
 
 
 @dataclass(slots=True)
@@ -113,10 +115,21 @@ def _problem(row: object) -> str | None:
     wrong = [name for name, kind in _NEEDED.items() if not isinstance(row.get(name), kind)]
     if wrong:
         return f"{', '.join(wrong)} is missing or of the wrong kind"
+    if any(not isinstance(row.get(name, kind()), kind) for name, kind in _OPTIONAL.items()):
+        return "a field is of the wrong kind"
+    if not _is_thumb(row["image_thumb"]):
+        return "image_thumb is damaged"
     dimensions = row["analysis"].get("dimensions")
     if not isinstance(dimensions, list) or not dimensions or not all(map(_is_dimension, dimensions)):
         return "the analysis has no scored dimensions"
     return None
+
+
+def _is_thumb(text: str) -> bool:
+    try:
+        return len(base64.b64decode(text, validate=True)) == THUMB_BYTES
+    except ValueError:
+        return False
 
 
 def _is_dimension(item: object) -> bool:

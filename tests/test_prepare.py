@@ -430,7 +430,9 @@ def test_damaged_manifests(tree: Tree):
     tree.link()
     path = tree.folder / "out/training_data_manifest.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:-1], "[]", '{"job_id": "x"}']))
+    row = json.loads(lines[2])
+    damaged = [{**row, "image_thumb": "AAAA"}, {**row, "mends": "none"}, {**row, "analysis": {"dimensions": [{}]}}]
+    path.write_text("\n".join([lines[0], lines[1][:-1], "[]", '{"job_id": "x"}', *map(json.dumps, damaged)]))
     result = tree.prepare()
     assert result.exit_code == 1
     assert [line.strip().removeprefix("Error: ") for line in result.stderr.splitlines()] == [
@@ -438,6 +440,9 @@ def test_damaged_manifests(tree: Tree):
         f"{path}:3: a JSON object was expected; link the data again or mend the row",
         f"{path}:4: advisor, image_path, image_sha256, image_thumb, analysis is missing or of the wrong kind; link the "
         "data again or mend the row",
+        f"{path}:5: image_thumb is damaged; link the data again or mend the row",
+        f"{path}:6: a field is of the wrong kind; link the data again or mend the row",
+        f"{path}:7: the analysis has no scored dimensions; link the data again or mend the row",
     ]
     assert not list((tree.folder / "out").glob("*ansel*"))
 
