@@ -40,11 +40,14 @@ def thumbnail(path: str, side: int = _THUMB) -> str:
 def sheet(side: str, pictures: list[list[Candidate]]) -> dict:
     """Return a contact sheet; ``pictures`` are the analyses of each picture, those of its copies included."""
     groups = [_group(candidates) for candidates in pictures]
-    shown = _spread(sorted(groups, key=lambda group: (-(group["overall"] or 0), group["paths"])), SHEET_PHOTOS)
+    groups.sort(key=lambda group: (-(group["overall"] or 0), group["paths"]))
+    copied = _spread([group for group in groups if len(group["paths"]) > 1], SHEET_PHOTOS // 2)
+    single = _spread([group for group in groups if group not in copied], SHEET_PHOTOS - len(copied))
+    shown = [group for group in groups if group in copied or group in single]
     title = {"train": "Training photographs", "val": "Validation photographs"}[side]
     text = f"{len(groups):,} pictures" if len(groups) != 1 else "1 picture"
     if len(shown) < len(groups):
-        text += f", of which {len(shown)} are shown, from the best to the worst overall score"
+        text += f", of which {len(shown)} are shown, those with copies among them, from the best overall score down"
     return {"side": side, "title": title, "text": text, "photos": [_on_sheet(group) for group in shown]}
 
 

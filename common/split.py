@@ -20,6 +20,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.tables import counted
 
 SCHEMA_VERSION = 1
 STRATUM = 0.5  # points of overall score
@@ -105,8 +106,8 @@ def assign(
     """
     if len(groups) < 2:
         raise UserError(
-            f"{len(groups)} photograph is left, and a split needs at least 2 different ones; link more jobs, or look "
-            "at the table above for what was rejected"
+            f"{counted(len(groups), 'photograph')} left, and a split needs at least 2 different ones; link more jobs, "
+            "or look at the table above for what was rejected"
         )
     sides = [next((known[sha] for sha in group if sha in known), None) for group in groups]
     wanted = min(max(round(fraction * len(groups)), 1), len(groups) - 1)

@@ -415,9 +415,7 @@ def test_too_few_photographs(tmp_path: Path):
     tree.link()
     result = tree.prepare()
     assert result.exit_code == 1
-    assert (
-        result.stderr.strip().splitlines()[-1].startswith("Error: 1 photograph is left, and a split needs at least 2")
-    )
+    assert result.stderr.strip().splitlines()[-1].startswith("Error: 1 photograph left, and a split needs at least 2")
     tree.good(1, 1)
     ready(tree)
     assert [len(tree.rows(f"ansel_{side}")) for side in ("train", "val")] == [1, 1]
