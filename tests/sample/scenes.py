@@ -21,7 +21,7 @@ DIMENSIONS = (
     "Emotional Impact",
 )
 
-KINDS = ("mountain", "lake", "dunes", "forest", "cliff", "street", "still life", "boat")
+KINDS = ("mountain", "lake", "dunes", "forest", "canyon", "street", "still life", "boat")
 
 # kind -> sky at the top, sky at the horizon, ground, subject (RGB, before light and colour are applied)
 PALETTES = {
@@ -29,10 +29,10 @@ PALETTES = {
     "lake": ((84, 146, 206), (206, 220, 226), (52, 104, 150), (44, 88, 60)),
     "dunes": ((110, 160, 214), (236, 214, 176), (222, 176, 110), (196, 138, 72)),
     "forest": ((140, 170, 150), (196, 208, 172), (70, 92, 46), (34, 84, 40)),
-    "cliff": ((96, 130, 168), (210, 206, 200), (40, 92, 112), (150, 92, 66)),
+    "canyon": ((150, 120, 170), (236, 196, 186), (150, 66, 46), (196, 88, 52)),
     "street": ((150, 156, 172), (214, 196, 178), (92, 90, 94), (170, 74, 58)),
     "still life": ((112, 92, 82), (150, 124, 104), (118, 70, 40), (208, 60, 44)),
-    "boat": ((120, 176, 214), (238, 200, 170), (46, 120, 148), (226, 222, 210)),
+    "boat": ((236, 130, 96), (255, 208, 130), (70, 56, 110), (240, 236, 226)),
 }
 
 
@@ -97,7 +97,7 @@ def draw(scene: Scene, long_side: int = 480) -> Image.Image:
     # the grain of a fixed sensor: a smaller print averages it out
     grain = np.random.default_rng(scene.seed).normal(0, long_side / 70, (height, width, 1)).astype(np.float32)
     picture = Image.fromarray(np.clip(np.asarray(picture, np.float32) + grain, 0, 255).astype(np.uint8))
-    picture = ImageEnhance.Color(picture).enhance(1.9 * scene.color)
+    picture = ImageEnhance.Color(picture).enhance(0.25 + 1.65 * scene.color)
     if scene.sharp < 0.97:
         picture = picture.filter(ImageFilter.GaussianBlur((1 - scene.sharp) * long_side / 36))
     return ImageEnhance.Brightness(picture).enhance(0.25 + 1.2 * scene.light)
@@ -128,10 +128,10 @@ def _draw_subject(pen, scene: Scene, rng: random.Random, width: int, height: int
             foot = x + (tree - 2) * size // 3
             pen.rectangle([foot - size // 20, horizon - size // 2, foot + size // 20, base], fill=(60, 42, 30))
             pen.ellipse([foot - size // 5, horizon - size, foot + size // 5, horizon - size // 4], fill=color)
-    elif scene.kind == "cliff":
+    elif scene.kind == "canyon":
         edge = 0 if scene.place < 0.5 else width
         pen.polygon([(edge, horizon - size), (x, horizon - size * 3 // 4), (x, base), (edge, base)], fill=color)
-        pen.line([(0, base), (width, base)], fill=(236, 240, 240), width=max(2, size // 14))
+        pen.line([(0, base), (width, base)], fill=(232, 150, 110), width=max(2, size // 14))
     elif scene.kind == "street":
         for house in range(3):
             foot = left + house * size // 2 - size // 4
