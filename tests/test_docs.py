@@ -1,0 +1,73 @@
+"""The documentation names what exists: options.md is rendered from the commands, README's flags and targets are real.
+
+python -m tests.test_docs        # write docs/options.md anew
+"""
+
+import re
+from pathlib import Path
+
+import click
+
+import evaluate_lora
+import link_training_data
+import prepare_training_data
+import train_mlx_lora
+from common import versions
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = ROOT / "docs/options.md"
+README = ROOT / "README.md"
+SCRIPTS = {
+    "link_training_data.py": link_training_data.main,
+    "prepare_training_data.py": prepare_training_data.main,
+    "train_mlx_lora.py": train_mlx_lora.main,
+    "evaluate_lora.py": evaluate_lora.main,
+    **{f"python -m common.versions {name}": command for name, command in versions.main.commands.items()},
+}
+
+
+def rendered() -> str:
+    """Return docs/options.md as the commands themselves tell it."""
+    lines = ["# Options", "", "Every option of every script, as `--help` tells it; hyphens may stand for underscores."]
+    for name, command in SCRIPTS.items():
+        lines += ["", f"## {name}", "", " ".join(command.help.split("\n\n")[0].split())]
+        lines += ["", "| option | meaning | default |", "| --- | --- | --- |"]
+        context = click.Context(command, info_name=name)
+        for option in command.params:
+            if isinstance(option, click.Option):
+                lines.append(_row(option, context))
+    return "\n".join(lines) + "\n"
+
+
+def _row(option: click.Option, context: click.Context) -> str:
+    spelled, told = (" ".join(text.split()).replace("|", r"\|") for text in option.get_help_record(context))
+    meaning, extra = re.fullmatch(r"(.*?) ?(?:\[((?:default|required|x).*)\])?", told).groups()
+    default = re.search(r"default: ([^;\]]*)", extra or "")
+    return f"| `{spelled}` | {meaning} | {default[1] if default else '(required)' if extra == 'required' else ''} |"
+
+
+def test_every_option_is_documented():
+    assert OPTIONS.read_text(encoding="utf-8") == rendered(), "run: python -m tests.test_docs"
+
+
+def test_the_readme_names_only_options_that_exist():
+    known = {
+        flag
+        for command in SCRIPTS.values()
+        for option in command.params
+        for flag in (*option.opts, *option.secondary_opts)
+    }
+    known |= set(re.findall(r'"(--\w+)"', (ROOT / "integration/lora_patch.py").read_text(encoding="utf-8")))
+    named = set(re.findall(r"--[a-z][a-z_]+", README.read_text(encoding="utf-8")))
+    assert named and not named - known
+
+
+def test_the_readme_names_every_make_target_and_no_other():
+    targets = set(re.findall(r"^([a-z][a-z-]*):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    named = set(re.findall(r"`make ([a-z-]+)", README.read_text(encoding="utf-8")))
+    named |= set(re.findall(r"^ *make ([a-z-]+)", README.read_text(encoding="utf-8"), re.M))
+    assert named == targets - {"help"} | (named & {"help"})
+
+
+if __name__ == "__main__":
+    OPTIONS.write_text(rendered(), encoding="utf-8")
