@@ -217,6 +217,33 @@ def test_bfloat16_stays_close(tiny_base, reference):
     assert (mx.linalg.norm(ours - plain) / mx.linalg.norm(plain)).item() < 0.05
 
 
+def test_bfloat16_keeps_updates_below_its_rounding(tiny_base):
+    """The first step's update, smaller than the rounding of the outputs, lowers the loss as it does in float32.
+
+    A layer that rounds its output before it adds the update, as mlx-vlm's and PEFT's do, loses a good part of it.
+    """
+    base = load_base(tiny_base)
+    for linear in (
+        module for block in base.model.layers for module in (*block.self_attn.values(), *block.mlp.values())
+    ):
+        if isinstance(linear, nn.Linear):  # outputs about as large as those of a 4B model's layers
+            linear.weight = (linear.weight * (2.0 * linear.weight.shape[1] ** -0.5 / linear.weight.std())).astype(
+                mx.bfloat16
+            )
+    attach_lora(base, 16, 32)
+    encoded = examples(base)[:1]
+    start = lora_parameters(base.model)
+    drops = {}
+    for dtype in (mx.float32, mx.bfloat16):
+        base.model.set_dtype(dtype)
+        update_lora(base.model, start)
+        batch = collate(base.model, [prepare_row(base, e) for e in encoded])
+        before, _, grads = loss_and_grads(base.model, batch)
+        update_lora(base.model, {n: v - 2e-4 * mx.sign(grads[n]) for n, v in start.items()})
+        drops[dtype] = (before - loss_only(base.model, batch)[0]).item()
+    assert drops[mx.bfloat16] == pytest.approx(drops[mx.float32], rel=0.1)
+
+
 # -- dropout ----------------------------------------------------------------------------------------------------------
 
 
