@@ -2,8 +2,9 @@
 
     q, k, v = heads(qkv, q_norm, k_norm, cos, sin, spec)
 
-Why kernels: MLX's fused graphs run these at 0.6 to 1 TB/s of an H200's 4.3, and write what two results share to memory
-in float32 (SwiGLU's backward pass: 330 microseconds in place of 80). Together they were a third of the step. Arithmetic
+Why kernels: of an H200's 4.3 TB/s, MLX's fused graphs reach 0.6 to 1 here, and they write what two results share to
+memory in float32 (SwiGLU's backward pass: 333 microseconds in place of 86). With the projections that share an input
+stacked, they took the step of the 4B model from 145 to 128 ms, dropout's from 14 ms to 9. Arithmetic
 is float32 inside, rounded once at the end. Reads and writes no files.
 """
 

@@ -4,8 +4,9 @@
     dx, grads = backward(spec, fused, True)(dy, kept, frozen, lora, rope, noise, rows, targets)
 
 Why by hand: the frozen matrices need no gradient, so a projection's backward is one product with W and a few of
-rank r; automatic differentiation of the same layer keeps three times the memory and runs twice the kernels. All
-layers share one compiled trace per shape, which takes a second; a compiled whole step takes minutes on CUDA.
+rank r, and what is kept for it is listed in `_forward`. All layers share one compiled trace a shape, traced in a tenth
+of a second; only the first step on a machine waits for its CUDA kernels (39 s, 9 s once they are on disk). The whole
+step as one compiled graph is as fast, and takes minutes to compile.
 Reads and writes no files.
 """
 

@@ -185,7 +185,7 @@ def loss_and_grads(
     """Return (summed cross-entropy float32 [], supervised tokens, gradients of that sum by parameter name, float32).
 
     ``seed`` names the dropout masks (run, step, micro-batch ...); None switches dropout off. ``grads`` are added to.
-    ``checkpointing`` keeps only the inputs of each layer's two halves, for about a third more work.
+    ``checkpointing`` keeps only the inputs of each layer's two halves, for a fifth more time.
     """
     vector = pack_lora(model)
     loss, n, new = packed_loss_and_grads(model, batch, vector, checkpointing=checkpointing, seed=seed)
