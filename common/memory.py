@@ -22,6 +22,7 @@ from common.step import ROW_CHUNK, VOCAB_CHUNK
 GB = 1e9
 SHARE = {"metal": 0.95, "cuda": 0.92, "cpu": 0.8}  # of what the device offers; the rest is for what is not counted
 PAD_MULTIPLE = {"metal": 32, "cuda": 128, "cpu": 16}  # CUDA's fused attention backward wants 128; else padding is waste
+FORWARD = {"metal": "chunked", "cuda": "chunked", "cpu": "full"}
 IN_FLIGHT = QUEUED + 1  # layers whose temporaries exist at once
 OUT_OF_MEMORY = re.compile(r"out of memory|malloc|unable to allocate|insufficient memory|bad_alloc", re.I)
 
@@ -96,7 +97,9 @@ class Shape:
     trainable: int  # LoRA parameters
     rank: int
     deepstack: int  # levels of the vision tower that are added to the first layers
-    fused_attention: bool
+    attention: (
+        str  # "fused": no scores are formed; "chunked": in the backward pass alone; "full": forward too, all of them
+    )
 
 
 def shape_of(model: nn.Module, rank: int, backend: str) -> Shape:
@@ -119,8 +122,8 @@ def shape_of(model: nn.Module, rank: int, backend: str) -> Shape:
         trainable=text.num_hidden_layers * rank * adapter_width(text, head_dim),
         rank=rank,
         deepstack=len(model.config.vision_config.deepstack_visual_indexes),
-        # Metal and the CPU have no fused backward; CUDA's takes 16-bit values and heads of at most 128
-        fused_attention=backend == "cuda" and dtype.size == 2 and head_dim <= 128,
+        # CUDA's fused backward takes 16-bit values and heads of at most 128; the CPU's forward is not fused either
+        attention="fused" if backend == "cuda" and dtype.size == 2 and head_dim <= 128 else FORWARD[backend],
     )
 
 
@@ -165,8 +168,9 @@ def estimate(shape: Shape, micro: int, length: int, targets: int, checkpointing:
     # in hand: a layer's temporaries, for the layers that are under way at once; a quarter of them is always float32
     values = 4 * d + 4 * q + 5 * inner + (products if checkpointing else 0)
     layer = IN_FLIGHT * tokens * values * (3 * item + 4) // 4
-    if not shape.fused_attention:
-        layer += 8 * micro * shape.heads * min(CHUNK, rows) * rows * 4  # a block of scores and what becomes of it
+    # float32 scores and what becomes of them: of a block of queries, or of all
+    scores = {"fused": 0, "chunked": 8 * min(CHUNK, rows), "full": max(8 * min(CHUNK, rows), 5 * rows)}
+    layer += 4 * micro * shape.heads * scores[shape.attention] * rows
     # the output head: logits of a block of rows, and float32 passes over a block of the vocabulary
     block = min(supervised, ROW_CHUNK)
     head = block * (shape.vocabulary * item + 3 * min(VOCAB_CHUNK, shape.vocabulary) * 4)

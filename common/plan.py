@@ -72,7 +72,7 @@ def choose_layout(
     """
     multiple = whole_number(settings, "pad_multiple", 1) or PAD_MULTIPLE[device.backend]
     given = {AUTO: None, "on": True, "off": False}[settings.grad_checkpointing]
-    choice = Choice(settings.batch_size, whole_number(settings, "micro_batch_size", 1), given)
+    choice = Choice(min(settings.batch_size, len(train)), whole_number(settings, "micro_batch_size", 1), given)
     lengths, targets = train.lengths + (val.lengths if val else []), train.targets + (val.targets if val else [])
     if not settings.auto_memory:
         micro, checkpointing = choice.micro or settings.batch_size, bool(choice.checkpointing)

@@ -26,7 +26,9 @@ def verdict(losses: dict, step: int, steps_an_epoch: int, stopped_early: bool) -
     """Return the verdict as sentences, warnings last and marked."""
     lines, warnings = [], []
     first, last = losses["train_loss_first"], losses["train_loss_last"]
-    if first is not None:
+    if step == 1:
+        lines.append(f"Training loss was {first:.4f}; one step cannot tell whether it falls.")
+    elif first is not None:
         fell = last < first
         lines.append(f"Training loss {'fell' if fell else 'did not fall:'} from {first:.4f} to {last:.4f}.")
         if not fell:

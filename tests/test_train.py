@@ -172,7 +172,7 @@ def test_the_layout_follows_the_memory(data, tiny_base, monkeypatch):
 
 QWEN_4B = memory.Shape(
     layers=36, hidden=2560, heads=32, kv_heads=8, head_dim=128, intermediate=9728, vocabulary=151_936, itemsize=2,
-    quantized=False, weights=8_044_000_000, trainable=33_030_144, rank=16, deepstack=3, fused_attention=True,
+    quantized=False, weights=8_044_000_000, trainable=33_030_144, rank=16, deepstack=3, attention="fused",
 )  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def test_the_4b_model_takes_the_fastest_layout_that_fits(gigabytes, micro, check
 
 def test_a_16_gb_mac_trains_the_4b_model_in_4_bits():
     """Its recommended working set is about 12 GB; attention is not fused there."""
-    shape = replace(QWEN_4B, quantized=True, weights=2_300_000_000, fused_attention=False)
+    shape = replace(QWEN_4B, quantized=True, weights=2_300_000_000, attention="chunked")
     plan = memory.fit(shape, Device("metal", "M2", 12_000_000_000), [2640], [880], memory.Choice(2), 32)
     assert plan.total < 0.95 * 12e9
     assert memory.estimate(shape, 1, 2640, 880, True, 32).total < 8e9
