@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import mlx.core as mx
 
+from common.cli import ScriptCommand
 from common.errors import UserError, refuse
 from common.files import read_json, write_json
 from common.tensors import HostArray, read_host_tensors, save_tensors
@@ -167,7 +168,7 @@ def main() -> None:
     pass
 
 
-@main.command()
+@main.command(cls=ScriptCommand)
 @click.argument("lora_path", type=click.Path(path_type=Path))
 def check(lora_path: Path) -> None:
     """Say what is in an adapter folder; exit 1 when it is not whole."""
@@ -181,7 +182,7 @@ def check(lora_path: Path) -> None:
     )
 
 
-@main.command()
+@main.command(cls=ScriptCommand)
 @click.option("--lora_path", type=click.Path(path_type=Path), required=True, help="adapter of PEFT or of mlx-vlm")
 @click.option("--output_dir", type=click.Path(path_type=Path), required=True, help="folder for both; must be new")
 def convert(lora_path: Path, output_dir: Path) -> None:
@@ -193,7 +194,7 @@ def convert(lora_path: Path, output_dir: Path) -> None:
     click.echo(f"{output_dir}: {len(tensors) // 2} modules, for PEFT and mlx-vlm alike")
 
 
-@main.command()
+@main.command(cls=ScriptCommand)
 @click.option("--base_model", required=True, help="folder or hub id of the base that the adapter was trained on")
 @click.option("--lora_path", type=click.Path(path_type=Path), required=True, help="adapter folder")
 @click.option("--output_dir", type=click.Path(path_type=Path), required=True, help="folder for the model; must be new")

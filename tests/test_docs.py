@@ -12,7 +12,7 @@ import evaluate_lora
 import link_training_data
 import prepare_training_data
 import train_mlx_lora
-from common import versions
+from common import adapter, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ROOT / "docs/options.md"
@@ -23,6 +23,7 @@ SCRIPTS = {
     "train_mlx_lora.py": train_mlx_lora.main,
     "evaluate_lora.py": evaluate_lora.main,
     **{f"python -m common.versions {name}": command for name, command in versions.main.commands.items()},
+    **{f"python -m common.adapter {name}": command for name, command in adapter.main.commands.items()},
 }
 
 
