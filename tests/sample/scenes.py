@@ -272,11 +272,13 @@ def critique(scene: Scene) -> dict:
             }
         )
     best = sorted(range(len(given)), key=lambda i: (-given[i], i))
+    named = [name.lower() for name in DIMENSIONS]
     return {
         "image_description": describe(scene),
         "dimensions": dimensions,
         "overall_score": round(sum(given) / len(given), 1),
-        "key_strengths": [f"{DIMENSIONS[i]} of the {scene.kind}" for i in best[:2]],
-        "priority_improvements": [f"{DIMENSIONS[i]} of the {scene.kind}" for i in best[:-3:-1]],
+        # the first of two never reads like the second: a model of two layers cannot count
+        "key_strengths": [f"Above all the {named[best[0]]}.", f"And with it the {named[best[1]]}."],
+        "priority_improvements": [f"First the {named[best[-1]]}.", f"And then the {named[best[-2]]}."],
         "technical_notes": f"The {scene.kind} lies on Zone {('III', 'V', 'VII')[level(given[1])]}.",
     }
