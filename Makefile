@@ -11,7 +11,7 @@ TRAIN_ARGS   ?=#                              more options for train_mlx_lora.py
 EVAL_ARGS    ?=#                              more options for evaluate_lora.py
 VERSION      ?=#                              version for make promote: v1, v2, ...
 HOSTS        ?=#                              hostfile of mlx.launch: train on several machines or GPUs
-BACKEND      ?= cpu#                          Linux: cpu, cuda12 or cuda13; macOS always has Metal
+BACKEND      ?=#                              Linux: cpu, cuda12 or cuda13; empty: as set up before, else cpu
 PYTHON       ?= python3#                      the Python (3.11 or newer) that .venv is made with
 
 empty  :=
@@ -19,7 +19,9 @@ space  := $(empty) $(empty)
 escape  = $(subst $(space),\$(space),$(1))
 
 VENV   := .venv
-READY  := $(VENV)/.ready-$(BACKEND)
+# a machine that was set up for CUDA stays so without naming it again
+BUILD  := $(or $(BACKEND),$(patsubst $(VENV)/.ready-%,%,$(firstword $(wildcard $(VENV)/.ready-*))),cpu)
+READY  := $(VENV)/.ready-$(BUILD)
 # MLX's CPU wheel brings slow reference BLAS: Debian's libopenblas0-pthread comes before it where it is there, else the
 # OpenBLAS of OpenCV's wheel (common/blas.py); both make float32 products 20 times faster
 BLAS   := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0 /usr/lib64/libopenblasp.so.0))
@@ -79,7 +81,7 @@ versions: $(READY) ## table of the advisor's versions with their figures
 
 demo: $(READY) $(DEMO)/base/model.safetensors ## the whole pipeline on a sample tree and a tiny Qwen3-VL, in minutes
 	@$(MAKE) --no-print-directory train ADVISOR=ansel MONDRIAN=$(DEMO)/mondrian DB=$(DEMO)/mondrian WORK=$(DEMO) \
-	  BASE_MODEL=$(DEMO)/base LINK_ARGS= PREPARE_ARGS="--base_model $(DEMO)/base" TRAIN_ARGS="--epochs 6 --learning_rate 3e-3 --resume"
+	  BASE_MODEL=$(DEMO)/base LINK_ARGS= PREPARE_ARGS= TRAIN_ARGS="--epochs 6 --learning_rate 3e-3"
 	@rm -f $(DEMO)/evaluation/comparison_report.json
 	@$(RUN) evaluate_lora.py --lora_path $(DEMO)/models/qwen3-vl-4b-lora-ansel \
 	  --output_report $(DEMO)/evaluation/comparison_report.json || true
@@ -109,7 +111,7 @@ lint: $(READY) ## check style and formatting with ruff
 	$(VENV)/bin/ruff format --check .
 
 clean: ## remove the demo and the virtual environment, never data or adapters
-	rm -rf $(DEMO) $(VENV)
+	rm -rf $(DEMO) $(VENV) $(VENV)-peft
 
 # mlx[cpu] and mlx[cudaNN] bring the same library file, so a change of backend removes the other first
 $(READY): requirements.txt requirements-dev.txt
@@ -119,7 +121,7 @@ $(READY): requirements.txt requirements-dev.txt
 	@ls $(VENV)/.ready-* >/dev/null 2>&1 && test ! -e $@ && \
 	  $(VENV)/bin/pip uninstall -q -y mlx mlx-cpu mlx-cuda-12 mlx-cuda-13 || true
 	@rm -f $(VENV)/.ready-*
-	@sed 's/mlx\[cpu\]/mlx[$(BACKEND)]/' requirements.txt > $(VENV)/requirements.txt
+	@sed 's/mlx\[cpu\]/mlx[$(BUILD)]/' requirements.txt > $(VENV)/requirements.txt
 	$(VENV)/bin/pip install --no-compile --disable-pip-version-check --no-input --progress-bar off \
 	  -r $(VENV)/requirements.txt -r requirements-dev.txt
 	@$(VENV)/bin/python -m common.blas
@@ -129,7 +131,8 @@ $(READY): requirements.txt requirements-dev.txt
 
 # A phase runs again when its input files or its own settings have changed; .settings files remember the latter.
 $(call escape,$(DATA))/.link-settings: SETTINGS = $(ADVISOR) $(DB) $(MONDRIAN) $(LINK_ARGS)
-$(call escape,$(DATA))/.prepare-settings: SETTINGS = $(ADVISOR) $(PREPARE_ARGS)
+$(call escape,$(DATA))/.prepare-settings: SETTINGS = $(ADVISOR) $(BASE_MODEL) $(PREPARE_ARGS)
+$(call escape,$(DATA))/.train-$(ADVISOR)-settings: SETTINGS = $(BASE_MODEL) $(TRAIN_ARGS)
 $(call escape,$(DATA))/.%-settings: FORCE
 	@mkdir -p "$(DATA)"
 	@printf '%s\n' '$(SETTINGS)' | cmp -s - "$@" || printf '%s\n' '$(SETTINGS)' > "$@"
@@ -140,8 +143,10 @@ $(call escape,$(MANIFEST)): $(call escape,$(DATA))/.link-settings $(wildcard $(c
 	  --analysis_dir "$(MONDRIAN)/analysis_md" --output_dir "$(DATA)" $(LINK_ARGS)
 
 $(call escape,$(TRAIN)): $(call escape,$(MANIFEST)) $(call escape,$(DATA))/.prepare-settings
-	$(RUN) prepare_training_data.py --advisor "$(ADVISOR)" --manifest "$(MANIFEST)" --output_dir "$(DATA)" $(PREPARE_ARGS)
+	$(RUN) prepare_training_data.py --advisor "$(ADVISOR)" --manifest "$(MANIFEST)" --output_dir "$(DATA)" \
+	  --base_model "$(BASE_MODEL)" $(PREPARE_ARGS)
 
-$(call escape,$(ADAPTER))/.trained: $(call escape,$(TRAIN))
+# the trainer itself refuses to go on with other settings or data, and says which; --overwrite trains anew
+$(call escape,$(ADAPTER))/.trained: $(call escape,$(TRAIN)) $(call escape,$(DATA))/.train-$(ADVISOR)-settings
 	$(LAUNCH) train_mlx_lora.py $(TRAINING) --resume $(TRAIN_ARGS)
 	@touch "$@"

@@ -317,7 +317,7 @@ class Work:
         if over:
             self.warnings.append(
                 f"{over:,} of {len(lengths):,} examples are longer than max_seq_length {limit:,} (longest "
-                f"{lengths[-1]:,}): raise --max_seq_length in training, or lower --max_image_size in both"
+                f"{lengths[-1]:,}): training's default, auto, takes what memory allows; {limit:,} would leave them out"
             )
         if len(chosen) < RECOMMENDED:
             self.warnings.append(f"{len(chosen):,} examples are fewer than the recommended {RECOMMENDED}")
