@@ -68,7 +68,7 @@ eval: train ## compare base and tuned model on held-out photographs; fails unles
 
 iterate: $(READY) ## train the next version, compare it with the one in use, promote it if every gate passes
 	$(RUN) -m common.versions iterate $(VERSIONS) --mondrian "$(MONDRIAN)" --db_path "$(DB)" --base_model "$(BASE_MODEL)" \
-	  --link_args="$(LINK_ARGS)" --prepare_args="$(PREPARE_ARGS)" --train_args="$(TRAIN_ARGS)" --eval_args="$(EVAL_ARGS)"
+	  --link_args="$(LINK_ARGS)" --prepare_args="$(PREPARE_ARGS)" --train_args="$(TRAIN_ARGS)" --eval_args="$(EVAL_ARGS)" $(if $(HOSTS),--hosts "$(HOSTS)")
 
 promote: $(READY) ## put a version in use (VERSION=v2; default: the newest) if its report passes every gate
 	$(RUN) -m common.versions promote $(VERSIONS) $(if $(VERSION),--version "$(VERSION)")

@@ -26,6 +26,7 @@ def run_round(
     prepare_args: str,
     train_args: str,
     eval_args: str,
+    hosts: Path | None = None,
 ) -> None:
     """Run the phases; exit 1 (with the reasons) when the new version is not promoted. Nothing existing is changed.
 
@@ -41,16 +42,16 @@ def run_round(
     )
 
     tree = ["--source_dir", str(mondrian / "source"), "--analysis_dir", str(mondrian / "analysis_md")]
-    database = ["--db_path", str(db_path or mondrian / "mondrian.db")]
+    database = ["--db_path", str(db_path or mondrian)]
     into = ["--advisor", advisor, "--output_dir", str(data)]
     _run("1/4 link", "link_training_data.py", [*database, *tree, *into], link_args)
     manifest = ["--manifest", str(data / "training_data_manifest.jsonl")]
-    _run("2/4 prepare", "prepare_training_data.py", [*manifest, *into], prepare_args)
+    _run("2/4 prepare", "prepare_training_data.py", [*manifest, *into, "--base_model", base_model], prepare_args)
     train, val = (data / f"training_data_{advisor}_{side}.jsonl" for side in ("train", "val"))
     refuse_held_out(train, have)
     _tell_unchanged(train, have)
     files = ["--train_data", str(train), "--val_data", str(val), "--output_dir", str(folder)]
-    _run("3/4 train", "train_mlx_lora.py", ["--base_model", base_model, *files, "--resume"], train_args)
+    _run("3/4 train", "train_mlx_lora.py", ["--base_model", base_model, *files, "--resume"], train_args, hosts=hosts)
     compared = ["--base_model", base_model, "--lora_path", str(folder), "--val_data", str(val)]
     compared += ["--deployed", str(incumbent or "none"), "--output_report", str(report / "comparison_report.json")]
     for stale in (report / "comparison_report.json", report / "comparison_report.html"):
@@ -92,9 +93,13 @@ def _incumbent(models: Path, advisor: str, have: dict[int, Path]) -> Path | None
     return have[max(have)] if have else None
 
 
-def _run(title: str, script: str, arguments: list[str], more: str, may_fail: bool = False) -> None:
+def _run(
+    title: str, script: str, arguments: list[str], more: str, may_fail: bool = False, hosts: Path | None = None
+) -> None:
     click.echo(f"\n== {title}")
-    code = subprocess.run([sys.executable, str(ROOT / script), *arguments, *shlex.split(more)], check=False).returncode
+    launcher = [str(Path(sys.executable).parent / "mlx.launch"), "--hostfile", str(hosts), "--"] if hosts else []
+    command = [*launcher, sys.executable, str(ROOT / script), *arguments, *shlex.split(more)]
+    code = subprocess.run(command, check=False).returncode
     if code and not may_fail:
         raise UserError(f"{script} failed (exit code {code}); see above, then run the round again")
 

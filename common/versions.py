@@ -354,12 +354,13 @@ def rollback_command(advisor: str, work: Path) -> None:
     show_default=True,
     help="folder of mondrian.db, source/ and analysis_md/",
 )
-@click.option("--db_path", type=click.Path(path_type=Path), help="the database  [default: MONDRIAN/mondrian.db]")
+@click.option("--db_path", type=click.Path(path_type=Path), help="database, or a folder of them  [default: MONDRIAN]")
 @click.option("--base_model", default="Qwen/Qwen3-VL-4B-Instruct", show_default=True, help="hub id or folder")
 @click.option("--link_args", default="", help="more options for link_training_data.py")
 @click.option("--prepare_args", default="", help="more options for prepare_training_data.py")
 @click.option("--train_args", default="", help="more options for train_mlx_lora.py")
 @click.option("--eval_args", default="", help="more options for evaluate_lora.py")
+@click.option("--hosts", type=click.Path(path_type=Path), help="hostfile of mlx.launch: train on several machines")
 def iterate_command(advisor: str, work: Path, **options) -> None:
     """Train the next version on today's data, compare it with the one in use, promote it if every gate passes."""
     from common.rounds import run_round  # imports this module
