@@ -36,7 +36,8 @@ def run_round(
     have = versions.find_versions(models, advisor)
     number = max(have, default=0) + 1
     folder, report = versions.version_folder(models, advisor, number), work / "evaluation" / f"{advisor}-v{number}"
-    incumbent = _incumbent(models, advisor, have)
+    versions.settle_record(models, advisor)
+    incumbent = versions.deployed_folder(versions.record_path(models, advisor))
     click.echo(
         f"Round for {advisor}: v{number}, to be compared with {incumbent.name if incumbent else 'the base alone'}"
     )
@@ -83,14 +84,6 @@ def _tell_unchanged(train: Path, have: dict[int, Path]) -> None:
     trained = read_json(have[newest] / ARGS).get("train_data") if newest else None
     if trained and trained.get("sha256") == sha256_file(train):
         click.echo(f"note: the training data are those of v{newest}; only other settings can make a difference")
-
-
-def _incumbent(models: Path, advisor: str, have: dict[int, Path]) -> Path | None:
-    """Return the adapter to beat: the one in use; before any record was written, the newest version there is."""
-    place = versions.record_path(models, advisor)
-    if versions.read_record(place) is not None:
-        return versions.deployed_folder(place)
-    return have[max(have)] if have else None
 
 
 def _run(

@@ -114,6 +114,23 @@ def new_record(models: Path, advisor: str, number: int, report: Path | None, his
     }
 
 
+def nothing_in_use(advisor: str) -> dict:
+    """Return the record that has the service answer with the base alone."""
+    none = {"version": None, "adapter": None, "sha256": {}, "base_fingerprint": None, "report": None}
+    return {"schema_version": SCHEMA_VERSION, "advisor": advisor, **none, "promoted_at": _now(), "history": []}
+
+
+def settle_record(models: Path, advisor: str) -> None:
+    """Write down what is in use where no record says it: the newest version, or nothing.
+
+    Without a record the service takes the newest version, which must not be the one that a round is still judging.
+    """
+    place = record_path(models, advisor)
+    if read_record(place) is None:
+        newest = max(find_versions(models, advisor), default=None)
+        write_json(place, new_record(models, advisor, newest, None, []) if newest else nothing_in_use(advisor))
+
+
 @contextmanager
 def locked(models: Path, advisor: str) -> Iterator[None]:
     """Keep a second promotion, rollback or round for the same advisor out."""
@@ -180,8 +197,7 @@ def rollback(models: Path, advisor: str) -> tuple[dict, dict]:
         raise UserError(f"{place}: no version of {advisor} is in use, so there is nothing to go back from")
     earlier, *rest = current["history"] or [None]
     if earlier is None or earlier["adapter"] is None:
-        none = {"version": None, "adapter": None, "sha256": {}, "base_fingerprint": None, "report": None}
-        record = {"schema_version": SCHEMA_VERSION, "advisor": advisor, **none, "promoted_at": _now()}
+        record = nothing_in_use(advisor)
     else:
         _check_unchanged(place.parent / earlier["adapter"], earlier["sha256"], f"{earlier['version']} cannot be used:")
         record = earlier | {"promoted_at": _now()}

@@ -197,8 +197,11 @@ def phases(monkeypatch, tiny_base):
     """The phases of a round, recorded; training writes an adapter whose quality the test sets, evaluation is real."""
     done = {"commands": [], "climb": -3.0, "data": None}
 
-    def fake(title: str, script: str, arguments: list[str], more: str, may_fail: bool = False) -> None:
+    def fake(title, script: str, arguments: list[str], more: str, may_fail: bool = False, hosts=None) -> None:
         done["commands"].append((script, arguments, more))
+        if hosts:
+            assert "hosts" not in done
+            done["hosts"] = (script, hosts)
         given = dict(zip(arguments[::2], arguments[1::2], strict=False))
         if script == "prepare_training_data.py":
             folder = Path(given["--output_dir"])
@@ -219,11 +222,23 @@ def test_round_trains_the_next_version_and_promotes_it(work, phases, tiny_base):
     phases.update(data=make_data(work), gates=work / "gates.toml")
     assert run(work, "promote", "--version", "v1").exit_code == 0
     shutil.rmtree(work / "models" / "qwen3-vl-4b-lora-ansel-v3")
-    result = run(work, "iterate", "--mondrian", work, "--base_model", tiny_base, "--train_args", "--epochs 5")
+    result = run(
+        work,
+        "iterate",
+        "--mondrian",
+        work,
+        "--base_model",
+        tiny_base,
+        "--train_args",
+        "--epochs 5",
+        "--hosts",
+        "hosts.json",
+    )
     # v1 is in use, v2 exists: the next is v3, and it is compared with v1
     scripts = [script for script, _, _ in phases["commands"]]
     assert scripts == ["link_training_data.py", "prepare_training_data.py", "train_mlx_lora.py", "evaluate_lora.py"]
     assert phases["commands"][2][2] == "--epochs 5"
+    assert phases["hosts"] == ("train_mlx_lora.py", Path("hosts.json"))  # no other phase is distributed
     assert str(work / "models" / "qwen3-vl-4b-lora-ansel-v3") in phases["commands"][2][1]
     assert phases["commands"][3][1][phases["commands"][3][1].index("--deployed") + 1].endswith("qwen3-vl-4b-lora-ansel")
     assert result.exit_code == 0, result.output
@@ -251,6 +266,20 @@ def test_round_without_a_record_is_measured_against_the_newest_and_can_be_rolled
     assert result.exit_code == 0, result.output
     assert record(work)["version"] == "v2"
     assert run(work, "rollback").output == "ansel: back from v2 to v1\n"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "stays", "adapter"), [(1, "v1", "../qwen3-vl-4b-lora-ansel"), (0, "the base alone", None)]
+)
+def test_rejected_version_is_never_the_one_that_the_service_takes(work, phases, tiny_base, earlier, stays, adapter):
+    """Where no record is, the service takes the newest version: a round leaves none without a record."""
+    phases.update(data=make_data(work), gates=work / "gates.toml", climb=3.0)
+    for number in range(earlier + 1, 4):
+        shutil.rmtree(versions.version_folder(work / "models", "ansel", number))
+    result = run(work, "iterate", "--base_model", tiny_base)
+    assert result.exit_code == 1
+    assert f"v{earlier + 1} of ansel is not promoted, {stays} stays in use" in result.stderr
+    assert record(work)["adapter"] == adapter
 
 
 def test_held_out_photographs_never_become_training_data(work, phases, tiny_base):
