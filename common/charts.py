@@ -7,7 +7,6 @@ scales it to the column.
 from markupsafe import Markup, escape
 
 WIDTH = 560
-FONT = 12
 
 
 def _svg(height: float, title: str, parts: list[str]) -> Markup:

@@ -24,7 +24,6 @@ NAMES = {
     "candidate+grammar": "candidate under the grammar",
     "reference": "reference",
 }
-HEADLINE_FIGURES = ("format.strict", "loss.nats", "overall.mae", "scores.mae", "text.comments", "speed.overhead")
 
 
 def prompt_facts(item: Item) -> dict:

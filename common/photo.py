@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from pathlib import Path
 
 from PIL import Image, ImageOps
 
@@ -52,13 +51,3 @@ def _bounded(image: Image.Image, max_image_size: int) -> Image.Image:
         return image
     size = [max(1, round(side * max_image_size / longest)) for side in image.size]
     return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def photo_size(path: str | os.PathLike, max_image_size: int = MAX_IMAGE_SIZE) -> tuple[int, int]:
-    """Return (width, height) in pixels that `load_photo` would give, from the file's header alone."""
-    with Image.open(Path(path)) as image:
-        width, height = image.size
-        if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientations 5 to 8 lie on their side
-            width, height = height, width
-    scale = min(1.0, max_image_size / max(width, height))
-    return max(1, round(width * scale)), max(1, round(height * scale))

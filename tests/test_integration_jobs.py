@@ -373,7 +373,7 @@ def wait_for(condition, seconds: float = 10) -> bool:
     return False
 
 
-def test_a_job_whose_row_comes_later_or_while_the_database_is_locked_is_recorded_then(tmp_path, caplog):
+def test_a_job_whose_row_comes_later_or_while_the_database_is_locked_is_recorded_then(tmp_path):
     path = make_db(tmp_path / "m.db")
     service = lora_patch.Service()
     service.open_jobs(path)
@@ -395,7 +395,7 @@ def test_a_job_whose_row_comes_later_or_while_the_database_is_locked_is_recorded
     assert not service.pending
 
 
-def test_without_a_database_the_service_runs_and_says_so(tmp_path, caplog):
+def test_without_a_database_the_service_runs_and_says_so(tmp_path):
     service = lora_patch.Service()
     service.open_jobs(tmp_path / "none.db")
     service.record(lora_patch.Job("j0", "ansel", "base", None, done=True))

@@ -11,15 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-DIMENSIONS = (
-    "Composition",
-    "Lighting",
-    "Focus & Sharpness",
-    "Color Harmony",
-    "Depth & Perspective",
-    "Visual Balance",
-    "Emotional Impact",
-)
+from common.analysis import DIMENSIONS7 as DIMENSIONS
 
 KINDS = ("mountain", "lake", "dunes", "forest", "canyon", "street", "still life", "boat")
 
