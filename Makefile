@@ -67,17 +67,17 @@ eval: train ## compare base and tuned model on held-out photographs; fails unles
 	  --output_report "$(REPORT)" $(EVAL_ARGS)
 
 iterate: $(READY) ## train the next version, compare it with the one in use, promote it if every gate passes
-	$(RUN) -m common.versions iterate $(VERSIONS) --mondrian "$(MONDRIAN)" --db_path "$(DB)" --base_model "$(BASE_MODEL)" \
+	$(RUN) -m common.release.versions iterate $(VERSIONS) --mondrian "$(MONDRIAN)" --db_path "$(DB)" --base_model "$(BASE_MODEL)" \
 	  --link_args="$(LINK_ARGS)" --prepare_args="$(PREPARE_ARGS)" --train_args="$(TRAIN_ARGS)" --eval_args="$(EVAL_ARGS)" $(if $(HOSTS),--hosts "$(HOSTS)")
 
 promote: $(READY) ## put a version in use (VERSION=v2; default: the newest) if its report passes every gate
-	$(RUN) -m common.versions promote $(VERSIONS) $(if $(VERSION),--version "$(VERSION)")
+	$(RUN) -m common.release.versions promote $(VERSIONS) $(if $(VERSION),--version "$(VERSION)")
 
 rollback: $(READY) ## put the version before the one in use in use again
-	$(RUN) -m common.versions rollback $(VERSIONS)
+	$(RUN) -m common.release.versions rollback $(VERSIONS)
 
 versions: $(READY) ## table of the advisor's versions with their figures
-	$(RUN) -m common.versions list $(VERSIONS)
+	$(RUN) -m common.release.versions list $(VERSIONS)
 
 demo: $(READY) $(DEMO)/base/model.safetensors ## the whole pipeline on a sample tree and a tiny Qwen3-VL, in minutes
 	@$(MAKE) --no-print-directory train ADVISOR=ansel MONDRIAN=$(DEMO)/mondrian DB=$(DEMO)/mondrian WORK=$(DEMO) \

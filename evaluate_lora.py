@@ -18,12 +18,13 @@ from types import SimpleNamespace
 import click
 from tqdm import tqdm
 
-from common import held_out, report
 from common.cli import ScriptCommand, print_settings
-from common.comparison import decided, judged
 from common.errors import UserError
-from common.gates import failed, load_gates
-from common.outputs import OutputLog, RecordedSource, Source
+from common.evaluation import report
+from common.evaluation import setup as held_out
+from common.evaluation.comparison import decided, judged
+from common.evaluation.gates import failed, load_gates
+from common.evaluation.generations import OutputLog, RecordedSource, Source
 
 AUTO = "auto"
 
@@ -77,7 +78,9 @@ AUTO = "auto"
 )
 # Decision and output
 @click.option(
-    "--gates", type=click.Path(path_type=Path), help="TOML or JSON file that changes the gates (see common/gates.py)"
+    "--gates",
+    type=click.Path(path_type=Path),
+    help="TOML or JSON file that changes the gates (see common/evaluation/gates.py)",
 )
 @click.option(
     "--output_report",
@@ -109,7 +112,7 @@ def main(ctx: click.Context, **options) -> None:
 
 
 def collect(source: Source, items: list, settings: SimpleNamespace) -> list[dict]:
-    """Return all rows of `common.outputs`: from the log what it has, from the source the rest."""
+    """Return all rows of `common.evaluation.generations`: from the log what it has, from the source the rest."""
     logs = {}
     if not settings.from_outputs:
         folder = settings.report.parent / "generations"

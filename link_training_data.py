@@ -4,7 +4,7 @@
 
 Reads the database(s) (read-only, also while the service writes), the photographs and the analysis files.
 Writes training_data/training_data_manifest.jsonl, a line for each linked job; beside it ..._rejected.jsonl, a line
-for each other job with the reason, and ..._report.json with the counts. The rows are made by `common/linking.py`.
+for each other job with the reason, and ..._report.json with the counts. The rows are made by `common/data/linking.py`.
 """
 
 import json
@@ -17,11 +17,11 @@ import click
 import jsonlines
 
 from common.cli import ScriptCommand, print_settings
-from common.database import find_databases, open_database, shown
+from common.data.database import find_databases, open_database, shown
+from common.data.linking import NOT_ASKED_FOR, REASONS, Linker, Outcome
+from common.data.photos import Locator, describe_all
 from common.errors import UserError
 from common.files import sha256_file, write_atomic, write_json
-from common.linking import NOT_ASKED_FOR, REASONS, Linker, Outcome
-from common.photo_index import Locator, describe_all
 from common.tables import counted, paragraph, table
 
 PHOTO_CACHE = ".photo_cache.db"

@@ -19,19 +19,19 @@ from pathlib import Path
 
 import click
 
-from common.candidates import Candidate, Manifest, apply_gates, judge_all, keep_newest, response_of, tallies
-from common.card import charts, data_card, sheet
 from common.cli import ScriptCommand, print_settings
-from common.database import shown
+from common.data.candidates import Candidate, Manifest, apply_gates, judge_all, keep_newest, response_of, tallies
+from common.data.card import charts, data_card, sheet
+from common.data.database import shown
+from common.data.findings import copied_sentence, findings_of
+from common.data.lengths import LengthCounter
+from common.data.near_duplicates import RADIUS, are_near, group_photos
+from common.data.prompt_specification import Prompt, make_target, service_prompt
+from common.data.quality import GATES, Target, read_levels
+from common.data.split import Record, assign, settle
 from common.dataset import messages_row, triplet_row
 from common.errors import UserError
 from common.files import find_input, read_json, sha256_file, write_json, write_jsonl, write_text
-from common.findings import copied_sentence, findings_of
-from common.lengths import LengthCounter
-from common.near_duplicates import RADIUS, are_near, group_photos
-from common.quality import GATES, Target, read_levels
-from common.service_prompt import Prompt, make_target, service_prompt
-from common.split import Record, assign, settle
 from common.tables import counted, paragraph, table
 
 RECOMMENDED = 60  # examples; below it an adapter learns little

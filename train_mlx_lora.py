@@ -30,9 +30,11 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from common.cli import ScriptCommand, print_settings
-from common.delivery import deliver, training_record, versions
 from common.errors import UserError
-from common.feed import (
+from common.model.step import Batch, collate, loss_only, packed_loss_and_grads
+from common.signals import StopRequest
+from common.training.data import DataFile, check_apart, read_data, report_overlong, resolve_paths
+from common.training.data_loader import (
     HostRow,
     Prepared,
     RowStore,
@@ -42,20 +44,18 @@ from common.feed import (
     prepare_examples,
     step_examples,
 )
-from common.fingerprint import base_fingerprint, compare_fingerprints
-from common.interrupts import StopRequest
-from common.memory import GB, available_ram, find_device, is_out_of_memory, shape_of
-from common.optimizer import clip, learning_rate_at
-from common.parallel import Processes, is_peer_lost, join_processes
-from common.photo import MAX_IMAGE_SIZE
-from common.plan import AUTO, Layout, check_numbers, choose_layout, limit_cache, print_plan, whole_number
-from common.progress import require_reporter, say
-from common.run import Run
-from common.run_folder import RunFolder, data_differences, refuse_differences, take_over
-from common.step import Batch, collate, loss_only, packed_loss_and_grads
-from common.training_data import DataFile, check_apart, read_data, report_overlong, resolve_paths
-from common.verdict import loss_summary, verdict
-from common.vlm import Base, attach_lora, load_base
+from common.training.distributed import Processes, is_peer_lost, join_processes
+from common.training.export import deliver, training_record, versions
+from common.training.log import require_reporter, say
+from common.training.memory import GB, available_ram, find_device, is_out_of_memory, shape_of
+from common.training.optimizer import clip, learning_rate_at
+from common.training.plan import AUTO, Layout, check_numbers, choose_layout, limit_cache, print_plan, whole_number
+from common.training.run import Run
+from common.training.run_folder import RunFolder, data_differences, refuse_differences, take_over
+from common.training.verdict import loss_summary, verdict
+from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
+from integration.lora_patch.photo import MAX_IMAGE_SIZE
+from integration.lora_patch.vlm import Base, attach_lora, load_base
 
 option = functools.partial(click.option, show_default=True)
 COUNT, POSITIVE = click.IntRange(0), click.IntRange(1)

@@ -49,7 +49,7 @@ _MAX_SCANNED = 2_000_000  # characters read in search of closing braces in one t
 
 
 class AnalysisError(ValueError):
-    """A text that holds no usable analysis. ``reason`` is one of the names in `common.sources.REASONS`."""
+    """A text that holds no usable analysis. ``reason`` is one of the names in `common.data.sources.REASONS`."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)

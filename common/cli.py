@@ -2,6 +2,9 @@
 
 import click
 
+from common.errors import UserError
+from integration.lora_patch.errors import LoraError
+
 
 class ScriptCommand(click.Command):
     """A click command that takes every option with underscores, as documented, or with hyphens."""
@@ -12,6 +15,12 @@ class ScriptCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [self._documented(arg) for arg in args])
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except LoraError as error:  # the serving package knows no click
+            raise UserError(str(error)) from error
 
     def _documented(self, arg: str) -> str:
         """Spell ``--foo-bar[=value]`` as the declared ``--foo_bar[=value]``; leave everything else alone."""

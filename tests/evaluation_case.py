@@ -7,15 +7,15 @@ from pathlib import Path
 import mlx.core as mx
 from click.testing import CliRunner, Result
 
-from common import vlm
-from common.adapter import adapter_config, write_adapter
 from common.analysis import compact_json
 from common.dataset import triplet_row
 from common.files import sha256_file, write_json, write_jsonl
-from common.fingerprint import base_fingerprint
-from common.photo import load_photo
-from common.step import collate, loss_and_grads
+from common.model.step import collate, loss_and_grads
+from common.release.adapter import adapter_config, write_adapter
 from evaluate_lora import main
+from integration.lora_patch import vlm
+from integration.lora_patch.fingerprint import base_fingerprint
+from integration.lora_patch.photo import load_photo
 from tests.sample import scenes
 from tests.sample.make_tree import sample_prompt
 

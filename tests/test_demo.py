@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from common.fingerprint import base_fingerprint, compare_fingerprints
-from common.photo import load_photo
+from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
+from integration.lora_patch.photo import load_photo
 from tests.sample import scenes
 from tests.sample.demo_result import main as demo_result
 from tests.sample.make_tree import make_tree, sample_prompt

@@ -12,7 +12,7 @@ import evaluate_lora
 import link_training_data
 import prepare_training_data
 import train_mlx_lora
-from common import adapter, versions
+from common.release import adapter, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ROOT / "docs/options.md"
@@ -22,8 +22,8 @@ SCRIPTS = {
     "prepare_training_data.py": prepare_training_data.main,
     "train_mlx_lora.py": train_mlx_lora.main,
     "evaluate_lora.py": evaluate_lora.main,
-    **{f"python -m common.versions {name}": command for name, command in versions.main.commands.items()},
-    **{f"python -m common.adapter {name}": command for name, command in adapter.main.commands.items()},
+    **{f"python -m common.release.versions {name}": command for name, command in versions.main.commands.items()},
+    **{f"python -m common.release.adapter {name}": command for name, command in adapter.main.commands.items()},
 }
 
 
@@ -58,7 +58,7 @@ def test_the_readme_names_only_options_that_exist():
         for option in command.params
         for flag in (*option.opts, *option.secondary_opts)
     }
-    known |= set(re.findall(r'"(--\w+)"', (ROOT / "integration/lora_patch.py").read_text(encoding="utf-8")))
+    known |= set(re.findall(r'"(--\w+)"', (ROOT / "integration/lora_patch/service.py").read_text(encoding="utf-8")))
     named = set(re.findall(r"--[a-z][a-z_]+", README.read_text(encoding="utf-8")))
     assert named and not named - known
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from common.prompts import build_prompt
+from integration.lora_patch.prompts import build_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = Path(os.environ["MONDRIAN"]).resolve()

@@ -23,7 +23,8 @@ from mlx_vlm.models.qwen3_vl import Model, ModelConfig, TextConfig, VisionConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import generate, vlm  # noqa: E402
+from integration.lora_patch import generation as generate
+from integration.lora_patch import vlm  # noqa: E402
 
 SHAPES = {
     "tiny": {

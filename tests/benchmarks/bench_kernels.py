@@ -1,4 +1,4 @@
-"""Check and time what a CUDA device runs differently: the kernels of common/kernels.py and the fused attention.
+"""Check and time what a CUDA device runs differently: the kernels of common/model/kernels.py and the fused attention.
 
     python tests/benchmarks/bench_kernels.py
     python tests/benchmarks/bench_kernels.py --tokens 512
@@ -19,7 +19,7 @@ import mlx.core as mx
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
-from common import kernels, layer  # noqa: E402
+from common.model import kernels, layer  # noqa: E402
 
 HIDDEN, INNER, HEADS, KV, WIDTH, EPS = 2560, 9728, 32, 8, 128, 1e-6
 LIMIT = 0.01

@@ -208,7 +208,7 @@ def make(folder: str, shape: str, rows: int, width: int, height: int, prompt: in
     """Write base/, rows.json with photographs, and the initial adapter: what every trainer reads."""
     import mlx.core as mx
 
-    from common.vlm import attach_lora, encode, load_base, lora_parameters, prepare_row
+    from integration.lora_patch.vlm import attach_lora, encode, load_base, lora_parameters, prepare_row
     from tests.sample import make_tiny_model as maker
 
     folder = Path(folder)
@@ -300,7 +300,7 @@ def load_mlx(folder: Path, dropout: float = 0.0, bits: int | None = None):
     import mlx.core as mx
     import mlx.nn as nn
 
-    from common.vlm import attach_lora, group_weights, load_base, update_lora
+    from integration.lora_patch.vlm import attach_lora, group_weights, load_base, update_lora
 
     base = load_base(folder / "base")
     if bits:
@@ -319,9 +319,9 @@ def ours(folder: Path, steps: int, checkpointing=False, dropout=0.0, bits=None) 
     import mlx.core as mx
     from mlx.optimizers import AdamW
 
-    from common.memory import PAD_MULTIPLE, find_device
-    from common.step import collate, pack_lora, packed_loss_and_grads
-    from common.vlm import encode, prepare_row
+    from common.model.step import collate, pack_lora, packed_loss_and_grads
+    from common.training.memory import PAD_MULTIPLE, find_device
+    from integration.lora_patch.vlm import encode, prepare_row
 
     multiple = PAD_MULTIPLE[find_device().backend]
     base, report = load_mlx(folder, dropout, bits), Report(folder)
@@ -350,7 +350,7 @@ def mlx_vlm_trainer(folder: Path, steps: int, checkpointing=False) -> None:
     from mlx.optimizers import AdamW
     from mlx_vlm.trainer.vlm.sft import trainer
 
-    from common.vlm import encode
+    from integration.lora_patch.vlm import encode
 
     base, report, items = load_mlx(folder), Report(folder), []
     for example in read_rows(folder):

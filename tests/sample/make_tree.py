@@ -138,7 +138,7 @@ def new_id(rng: random.Random) -> str:
 
 def sample_prompt(advisor: str) -> str:
     """The prompt that the service sends for one of the sample's advisors."""
-    from common.prompts import build_prompt
+    from integration.lora_patch.prompts import build_prompt
 
     return build_prompt(SYSTEM_PROMPT, advisor, ADVISORS[advisor][3])
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from common.adapter import adapter_config, write_adapter
 from common.files import write_json
-from common.fingerprint import base_fingerprint
-from common.versions import new_record, record_path
+from common.release.adapter import adapter_config, write_adapter
+from common.release.versions import new_record, record_path
+from integration.lora_patch.fingerprint import base_fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
-PATCH = ROOT / "integration" / "lora_patch.py"
+PATCH = ROOT / "integration" / "lora_patch" / "service.py"
 STANDIN = ROOT / "tests" / "standin" / "ai_advisor_service.py"
 VARIANTS = sorted((ROOT / "tests" / "standin" / "variants").glob("*.py"))
 

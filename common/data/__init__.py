@@ -1,0 +1,1 @@
+"""From the service's database to training rows."""

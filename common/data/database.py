@@ -1,0 +1,250 @@
+"""A Mondrian database, read while the service writes to it, from a folder that may be read-only, and never written.
+
+    with open_database(path) as database:
+        for row in database.jobs(columns): ...
+
+A database in WAL mode keeps its newest rows in a `-wal` file beside it. With one there, SQLite's own locks give a
+snapshot that neither blocks nor is blocked by the writer. Without one everything is in the main file, which is then
+read as immutable, so that not even a `-shm` file appears beside it.
+"""
+
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import click
+
+from common.analysis import AnalysisError
+from common.data.sources import MAX_TEXT, as_text
+from common.errors import UserError
+
+NEEDED = ("id", "filename", "advisor", "status")  # columns without which jobs cannot be linked
+_BATCH = 500  # rows fetched at a time from a database whose readers block its writer
+
+
+def find_databases(paths: tuple[str | os.PathLike, ...]) -> list[Path]:
+    """Return the databases that were named; of a folder, every SQLite file in it that has a table ``jobs``.
+
+    The newest (by its newest job) comes first. UserError for what is missing or not a Mondrian database.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += _inside(path)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UserError(f"{path}: no such database; name it with --db_path")
+    found = list({file.resolve(): file for file in found}.values())
+    newest = {}
+    for file in found:
+        with open_database(file) as database:
+            newest[file] = database.newest() if len(found) > 1 else ""
+    return sorted(found, key=lambda file: (newest[file], file.name), reverse=True)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Return the Mondrian databases in a folder; other databases are passed over, damaged ones are not."""
+    found, problems = [], []
+    for file in sorted(folder.glob("*.db")):
+        try:
+            with open_database(file):
+                found.append(file)
+        except NoMondrianDatabase as error:
+            problems.append(error.message)
+    if not found:
+        raise UserError(problems[0] if problems else f"{folder}: no database (*.db) in it; name one with --db_path")
+    for problem in problems:
+        click.echo(f"passed over {problem}", err=True)
+    return found
+
+
+class NoMondrianDatabase(UserError):
+    """A whole file that is no database, or one of something else."""
+
+
+class Database:
+    """An open database; use `open_database`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._copy: tempfile.TemporaryDirectory | None = None
+        self._before = _state(path)
+        self._immutable = False
+        self.connection = self._connect()
+        self.connection.text_factory = bytes  # decoded where a damaged text can be laid to its row
+        self.columns = self._read_columns()
+        self._order = "rowid" if self._has_rowid() else "id"
+
+    def __enter__(self) -> "Database":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.connection.close()
+        if self._copy:
+            self._copy.cleanup()
+
+    def _connect(self) -> sqlite3.Connection:
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such database; name it with --db_path")
+        try:
+            with open(self.path, "rb") as file:
+                header = file.read(20)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if header[:16] != b"SQLite format 3\0":
+            raise NoMondrianDatabase(f"{self.path}: not an SQLite database; name Mondrian's mondrian.db")
+        wal = Path(f"{self.path}-wal")
+        in_wal_mode = header[18:20] == b"\x02\x02"
+        if in_wal_mode and not wal.exists():
+            self._immutable = True
+            return self._open(self.path, "immutable=1")
+        try:
+            connection = self._open(self.path, "mode=ro")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if in_wal_mode:
+                connection.execute("BEGIN")  # one snapshot for all that follows
+            return connection
+        except sqlite3.OperationalError as error:
+            if not in_wal_mode or "malformed" in str(error):
+                raise UserError(f"{self.path}: cannot be read ({error})") from error
+        if wal.stat().st_size == 0:
+            self._immutable = True
+            return self._open(self.path, "immutable=1")
+        # rows in the WAL, and a folder where SQLite cannot make its -shm file: read a copy of both
+        self._copy = tempfile.TemporaryDirectory(prefix="mondrian-")
+        copy = Path(self._copy.name) / "copy.db"
+        shutil.copyfile(self.path, copy)
+        shutil.copyfile(wal, f"{copy}-wal")
+        return self._open(copy, "mode=ro")
+
+    @staticmethod
+    def _open(path: Path, how: str) -> sqlite3.Connection:
+        return sqlite3.connect(f"file:{quote(str(path.absolute()))}?{how}", uri=True, isolation_level=None, timeout=30)
+
+    def _read_columns(self) -> list[str]:
+        try:
+            columns = [row[1].decode() for row in self.connection.execute("PRAGMA table_info(jobs)")]
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.path}: cannot be read ({error})") from error
+        if not columns:
+            raise NoMondrianDatabase(f"{self.path}: no table jobs in it; name Mondrian's database with --db_path")
+        lacking = [name for name in NEEDED if name not in columns]
+        if lacking:
+            raise NoMondrianDatabase(
+                f"{self.path}: table jobs lacks the column(s) {', '.join(lacking)}; is it Mondrian's?"
+            )
+        return columns
+
+    def _has_rowid(self) -> bool:
+        try:
+            self.connection.execute("SELECT rowid FROM jobs LIMIT 1").fetchone()
+            return True
+        except sqlite3.OperationalError:
+            return False
+
+    def newest(self) -> str:
+        """Return the time of the newest job, in a form that sorts; "" without one."""
+        times = [name for name in ("created_at", "completed_at") if name in self.columns]
+        if not times:
+            return ""
+        (values,) = self._rows(f"SELECT {', '.join(f'max({name})' for name in times)} FROM jobs")
+        return max(sortable_time(shown(value)) for value in values if value is not None) if any(values) else ""
+
+    def advisors(self) -> dict[str, int]:
+        """Return {advisor: number of its jobs}, most jobs first."""
+        rows = self._rows("SELECT CAST(advisor AS BLOB), count(*) FROM jobs GROUP BY 1 ORDER BY 2 DESC, 1")
+        return {shown(name): count for name, count in rows}
+
+    def count(self) -> int:
+        """Return the number of jobs."""
+        return int(self._value("SELECT count(*) FROM jobs") or 0)
+
+    def jobs(self, columns: tuple[str, ...]) -> Iterator[dict]:
+        """Yield each job in the order it was made: {"rowid", column: text, number, None or AnalysisError, ...}.
+
+        Columns that this version lacks are None. A text that is too large or no UTF-8 comes as an AnalysisError.
+        """
+        here = [name for name in columns if name in self.columns]
+        parts = []
+        for name in here:  # what is too large is never loaded; length() of a text would stop at a NUL
+            size = f"length(CAST({name} AS BLOB))"
+            parts.append(f"CASE WHEN {size} > {4 * MAX_TEXT} THEN NULL ELSE {name} END, {size}")
+        selected = ", ".join([self._order, *parts])
+        for values in self._batches(selected):
+            row: dict = dict.fromkeys(columns)
+            row["rowid"] = values[0]
+            for at, name in enumerate(here):
+                row[name] = _column(values[1 + 2 * at], values[2 + 2 * at])
+            yield row
+
+    def _batches(self, selected: str) -> Iterator[tuple]:
+        if self.connection.in_transaction or self._immutable or self._copy or self._order != "rowid":
+            yield from self._rows(f"SELECT {selected} FROM jobs ORDER BY {self._order}")
+            return
+        last = None
+        while True:  # without WAL an open read keeps the writer waiting: read a little at a time
+            where = "" if last is None else f"WHERE rowid > {int(last)}"
+            rows = list(self._rows(f"SELECT {selected} FROM jobs {where} ORDER BY rowid LIMIT {_BATCH}"))
+            yield from rows
+            if len(rows) < _BATCH:
+                return
+            last = rows[-1][0]
+
+    def _rows(self, query: str) -> Iterator[tuple]:
+        try:
+            yield from self.connection.execute(query)
+        except sqlite3.ProgrammingError:
+            raise  # a mistake of this program, not of the database
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.path}: cannot be read to its end ({error}); copy or repair the database") from error
+        if self._immutable and _state(self.path) != self._before:
+            raise UserError(f"{self.path}: the service began to write to it during the reading; run the command again")
+
+    def _value(self, query: str) -> str | None:
+        value = next(iter(self._rows(query)), (None,))[0]
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else None if value is None else str(value)
+
+
+def open_database(path: str | os.PathLike) -> Database:
+    """Open a database for reading only; UserError for what is missing, no SQLite, or no Mondrian database."""
+    try:
+        return Database(Path(path))
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _state(path: Path) -> tuple | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, os.path.exists(f"{path}-wal")
+
+
+def _column(value, size):
+    if value is None and size:
+        return AnalysisError("too_large", f"{size:,} bytes")
+    if isinstance(value, bytes):
+        try:
+            return as_text(value)
+        except AnalysisError as error:
+            return error
+    return value
+
+
+def shown(value) -> str:
+    """Return any value of a row as a text that can be printed."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "backslashreplace")
+    text = str(value) if value is not None else "(none)"
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+
+
+def sortable_time(value: str | None) -> str:
+    """Return a time as it sorts, whichever form the service wrote it in ("2026-01-15 16:21:01" or ISO's T)."""
+    return value.strip().replace("T", " ") if isinstance(value, str) else ""

@@ -1,0 +1,376 @@
+"""Where a job's analysis is found, and why there is none when there is none.
+
+    found = find_analysis(job, advisor, files, asked)      # Found, or AnalysisError with one of REASONS
+
+Places are tried in the order of `SOURCES`; the first that holds a usable analysis counts. When none does, the job's
+reason is that of the place that came nearest to one.
+"""
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.analysis import (
+    DIMENSIONS7,
+    AnalysisError,
+    balanced_end,
+    canonical,
+    find_objects,
+    looks_like_analysis,
+    parse_json,
+    texts_of,
+)
+from common.data.html_analysis import html_to_analysis, is_html_analysis
+
+SOURCES = ("analysis_file", "stored_path", "analysis_markdown", "llm_outputs")
+MAX_TEXT = 256_000  # characters; the longest real answer, a model that ran away, has 12,000
+
+# Reasons why an ended job has no usable analysis, nearest to a usable one first: the order decides which of several
+# places names the reason.
+REASONS = {
+    "score_out_of_range": "a score is not from 0 to 10",
+    "wrong_dimensions": "dimensions that its prompt asks for are lacking, or named otherwise",
+    "missing_score": "a dimension has no score",
+    "truncated_json": "JSON cut off before its end",
+    "misspelt_json": "JSON with misspelt or missing keys",
+    "invalid_json": "JSON that does not parse",
+    "error_page": "an error message of the service",
+    "no_scores": "an object of another kind, without scored dimensions",
+    "prompt_echo": "the prompt or its example instead of an answer",
+    "wrong_advisor": "the analysis of another advisor",
+    "not_text": "not readable as UTF-8 text",
+    "too_large": f"a text of more than {MAX_TEXT:,} characters",
+    "reasoning_only": "reasoning without an answer after it",
+    "stub": "a few words without an analysis",
+    "no_object": "a text without an analysis in it",
+    "missing_analysis_file": "the stored path of the analysis leads to no file here",
+    "no_analysis": "nothing was stored",
+}
+_RANK = {reason: rank for rank, reason in enumerate(REASONS)}
+
+_ERROR = re.compile(
+    r"\b(?:error\s*:|an error occurred|internal server error|bad gateway|service unavailable|gateway time-?out|"
+    r"cannot connect|could not connect|connection (?:refused|reset|error|timed out)|traceback \(most recent|"
+    r"(?:request|model|analysis|generation) (?:failed|timed out)|failed to (?:analy[sz]e|generate|process|connect)|"
+    r"out of memory|exception\s*:|404 not found|50[0234]\b)",
+    re.I,
+)
+_THOUGHT = re.compile(r"<(thought|think|thinking|reasoning|scratchpad)\b[^>]*>", re.I)
+_FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\r?\n?(.*?)(?:\n?```|\Z)", re.S)
+_HEADING = re.compile(r"^#{1,6}[ \t]+\S.*$", re.M)
+_TURN = re.compile(r"(?:^|\n)(?:<\|im_start\|>)?assistant[ \t]*:?[ \t]*\n", re.I)
+_PATH = re.compile(r"[^<>{}\0]{1,1000}\.(?:md|markdown|json|html?|txt)", re.I)
+_ANSWERS = ("response", "output", "content", "text", "html", "analysis")  # keys of llm_outputs under which it stands
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_STUB = 400  # a text without an object and shorter than this is a stub
+
+
+@dataclass(frozen=True)
+class Found:
+    """A usable analysis and where it was found."""
+
+    analysis: dict
+    mends: list[str]
+    source: str  # one of SOURCES
+    form: str  # "json" or "html"
+    path: str | None  # the file it was read from
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What analyses are held against: accepted sets of dimensions, and texts that are prompts, not answers."""
+
+    dimensions: tuple[tuple[str, ...], ...] = (DIMENSIONS7,)
+    examples: frozenset[tuple] = frozenset()  # `example_of` the prompts
+
+
+def find_analysis(job: dict, advisor: str, files: "AnalysisFiles", asked: Asked) -> Found:
+    """Return the analysis of ``advisor`` from the first place that holds a usable one.
+
+    ``job`` holds id, analysis_markdown, analysis_file, llm_outputs and prompt (each a text, None, or an
+    AnalysisError that says why it could not be read). Raises AnalysisError when no place does.
+    """
+    worst = AnalysisError("no_analysis", "analysis_markdown and llm_outputs are empty, and no file has its name")
+    prompt = job.get("prompt")
+    for source, text, path in _places(job, advisor, files):
+        try:
+            if isinstance(text, AnalysisError):
+                raise text
+            if not text or not text.strip():
+                continue
+            analysis, mends, form = read_answer(text, advisor, prompt if isinstance(prompt, str) else "", asked)
+            check(analysis, asked)
+            return Found(analysis, mends, source, form, path)
+        except AnalysisError as error:
+            if _RANK[error.reason] < _RANK[worst.reason]:
+                worst = AnalysisError(error.reason, f"{source}: {error.detail}")
+    raise worst
+
+
+def check(analysis: dict, asked: Asked) -> None:
+    """Hold an analysis against what any of the prompts asks for; AnalysisError when it answers none of them."""
+    names = [dimension["name"] for dimension in analysis["dimensions"]]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise AnalysisError("wrong_dimensions", f"{twice[:40]} stands there twice")
+    if not any(set(dimensions) <= set(names) for dimensions in asked.dimensions):
+        lacking = min(([name for name in wanted if name not in names] for wanted in asked.dimensions), key=len)
+        raise AnalysisError("wrong_dimensions", f"{len(names)} dimensions, without {', '.join(lacking)}"[:160])
+    for dimension in analysis["dimensions"]:
+        if not 0 <= dimension["score"] <= 10:
+            raise AnalysisError("score_out_of_range", f"{dimension['name'][:40]} has {dimension['score']}")
+    if not 0 <= analysis.get("overall_score", 0) <= 10:
+        raise AnalysisError("score_out_of_range", f"the overall score is {analysis['overall_score']}")
+    for text in texts_of(analysis):
+        if not text.isprintable() and _SURROGATE.search(text):
+            raise AnalysisError("not_text", "holds characters that are no Unicode text")
+
+
+# ------------------------------------------------------------------------------------------------ places
+
+
+Place = tuple[str, str | AnalysisError | None, str | None]  # source, text or what is wrong with it, path
+
+
+def _places(job: dict, advisor: str, files: "AnalysisFiles") -> Iterator[Place]:
+    """Yield every place that may hold the analysis, in the order of `SOURCES`."""
+    named = files.named(advisor, str(job["id"]))
+    if named:
+        yield "analysis_file", *files.read(named)
+    markdown = job.get("analysis_markdown")
+    for value in (markdown, job.get("analysis_file")):
+        stored = files.stored(value.strip()) if is_path(value) else None
+        if stored and stored != named:
+            yield "stored_path", *files.read(stored)
+        elif is_path(value) and value is markdown:
+            yield "stored_path", AnalysisError("missing_analysis_file", value.strip()[-80:]), None
+    if not is_path(markdown):
+        yield "analysis_markdown", markdown, None
+    outputs = job.get("llm_outputs")
+    if isinstance(outputs, str):
+        for text in _outputs(outputs, advisor):
+            yield "llm_outputs", text, None
+    else:
+        yield "llm_outputs", outputs, None
+
+
+def is_path(value: object) -> bool:
+    """Tell whether a column holds the path of a file instead of an analysis."""
+    value = value.strip() if isinstance(value, str) and len(value) <= 1000 else ""
+    return "\n" not in value and ("/" in value or " " not in value) and bool(_PATH.fullmatch(value))
+
+
+def _outputs(text: str, advisor: str) -> Iterator[str | AnalysisError]:
+    """Yield the answers in `llm_outputs`: an object keyed by advisor, one with prompt and response, or a bare text."""
+    try:
+        value = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        yield text
+        return
+    if isinstance(value, dict) and not looks_like_analysis(value):
+        own = [item for key, item in value.items() if advisor.strip().lower() in key.lower()]
+        if own:
+            value = own[0]
+        elif value and not {"prompt", *_ANSWERS} & value.keys() and all(map(_is_answer, value.values())):
+            names = ", ".join(str(key)[:30] for key in value)
+            yield AnalysisError("wrong_advisor", f"holds the analysis of {names[:80]}, not of {advisor}")
+            return
+    if isinstance(value, dict) and not looks_like_analysis(value):
+        answers = [value[key] for key in _ANSWERS if key in value]
+        value = next((answer for answer in answers if answer), None) if answers or "prompt" in value else value
+    if isinstance(value, str):
+        yield value if value.strip() != "{}" else ""
+    elif value:
+        yield json.dumps(value, ensure_ascii=False)
+
+
+def _is_answer(value: object) -> bool:
+    """Tell whether an entry of `llm_outputs` is an analysis, and so its key the name of an advisor."""
+    if isinstance(value, str):
+        return is_html_analysis(value) or '"dimensions"' in value or '"dimensional_analysis"' in value
+    return looks_like_analysis(value)
+
+
+class AnalysisFiles:
+    """The files of an analysis folder, found by name and never outside it."""
+
+    def __init__(self, locator):
+        self._locator = locator  # common.data.photos.Locator, or None without a folder
+
+    def named(self, advisor: str, job_id: str) -> str | None:
+        """Return the path of ``analysis-ADVISOR-JOBID.md``."""
+        return self._locator.by_name(f"analysis-{advisor}-{job_id}.md") if self._locator else None
+
+    def stored(self, path: str) -> str | None:
+        """Return the path of a file that a job names, absolute on another machine perhaps."""
+        found = self._locator.find(path).candidates if self._locator else []
+        return found[0] if len(found) == 1 else None
+
+    def read(self, path: str) -> tuple[str | AnalysisError, str]:
+        try:
+            data = Path(path).read_bytes() if Path(path).stat().st_size <= 4 * MAX_TEXT else b" " * (4 * MAX_TEXT + 1)
+            return as_text(data), path
+        except AnalysisError as error:
+            return error, path
+        except OSError as error:
+            return AnalysisError("not_text", f"{path} cannot be read ({error.strerror})"), path
+
+
+def as_text(data: bytes) -> str:
+    """Decode UTF-8; AnalysisError for a text that is too large or no text."""
+    if len(data) > 4 * MAX_TEXT:
+        raise AnalysisError("too_large", f"{len(data):,} bytes")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise AnalysisError("not_text", f"not UTF-8 at byte {error.start}") from None
+    if len(text) > MAX_TEXT:
+        raise AnalysisError("too_large", f"{len(text):,} characters")
+    return text.removeprefix("\ufeff")
+
+
+# ------------------------------------------------------------------------------------------------ one text
+
+
+def read_answer(text: str, advisor: str, prompt: str, asked: Asked) -> tuple[dict, list[str], str]:
+    """Return (analysis, mends, "json" or "html") of one stored answer; AnalysisError says what it is instead."""
+    if "\0" in text:
+        text, nul = text.replace("\0", ""), ["nul_characters"]
+    else:
+        nul = []
+    body, echoed = _without_prompt(text, prompt)
+    # A model that thinks aloud answers after it; what stands inside the thoughts is no answer.
+    visible, thought = _without_thoughts(body)
+    around = ["text_around"] if echoed or (thought and visible.strip()) else []
+    if is_html_analysis(visible) and not _has_analysis_object(visible):
+        try:
+            analysis, mends = html_to_analysis(visible, advisor)
+        except AnalysisError as error:
+            raise _sharper(error, visible, thought) from None
+        return analysis, [*nul, *around, *mends], "html"
+    analysis, mends = _read_json(visible, asked, echoed or _is_echo(text, prompt), thought)
+    return analysis, list(dict.fromkeys([*nul, *around, *mends])), "json"
+
+
+def _has_analysis_object(text: str) -> bool:
+    return any(looks_like_analysis(value) for value, *_ in find_objects(text)) if "{" in text else False
+
+
+def _read_json(text: str, asked: Asked, echoed: bool, thought: bool) -> tuple[dict, list[str]]:
+    """Return (analysis, mends) from a text with a JSON object in it: bare, fenced, or after a heading."""
+    candidates = [item for item in find_objects(text) if looks_like_analysis(item[0])]
+    failure: AnalysisError | None = None
+    for value, mends, start, end in reversed(candidates):
+        try:
+            analysis, more = canonical(value)
+        except AnalysisError as error:
+            failure = failure or error
+            continue
+        if _signature(analysis) in asked.examples:
+            failure = failure or AnalysisError("prompt_echo", "the example that stands in the prompt")
+            continue
+        around = [] if _is_frame(text[:start], text[end:]) else ["text_around"]
+        return analysis, [*around, *mends, *more]
+    if failure:
+        raise failure
+    raise _diagnosis(text, echoed, thought)
+
+
+def _signature(analysis: dict) -> tuple:
+    """Return what tells the example of a prompt from an answer, whichever scores it carries: its texts."""
+    return analysis.get("image_description"), analysis["dimensions"][0].get("comment")
+
+
+def example_of(prompt: str) -> tuple | None:
+    """Return the signature of the example in a prompt, to know it again when it comes back as an answer."""
+    for value, *_ in find_objects(prompt):
+        if looks_like_analysis(value):
+            try:
+                return _signature(canonical(value)[0])
+            except AnalysisError:
+                continue
+    return None
+
+
+def _is_frame(before: str, after: str) -> bool:
+    """Tell whether what surrounds an object is the frame it is stored in (a heading, a fence), not chatter."""
+    before, after = before.rstrip(), after.strip()
+    fence = re.search(r"```[a-zA-Z]*$", before)
+    if fence:
+        before = before[: fence.start()].rstrip()
+        after = after.removeprefix("```").strip()
+    return not after and (not before or bool(_HEADING.fullmatch(before.rsplit("\n", 1)[-1])))
+
+
+def _without_prompt(text: str, prompt: str) -> tuple[str, bool]:
+    """Return (text after the prompt's echo, whether there was one)."""
+    prompt = prompt.strip()
+    if 40 <= len(prompt) <= len(text) and prompt[:40] in text:
+        at = text.rfind(prompt)
+        if at >= 0:
+            return text[at + len(prompt) :], True
+    turns = list(_TURN.finditer(text)) if "ssistant" in text else []
+    return (text[turns[-1].end() :], True) if turns else (text, False)
+
+
+def _is_echo(text: str, prompt: str) -> bool:
+    """Tell whether a text is a piece of its prompt."""
+    piece, prompt = " ".join(text.split()), " ".join(prompt.split())
+    return len(piece) >= 40 and (piece in prompt or (len(prompt) >= 200 and prompt[:200] in piece))
+
+
+def _without_thoughts(text: str) -> tuple[str, bool]:
+    """Return (text without reasoning, whether there was any). An unclosed thought reaches to the text's end, but for
+    an analysis that stands whole in it."""
+    match = _THOUGHT.search(text)
+    if not match:
+        return text, False
+    closing = re.compile(rf"</{match[1]}\s*>", re.I).search(text, match.end())
+    if closing:
+        rest, _ = _without_thoughts(text[closing.end() :])
+        return text[: match.start()] + rest, True
+    if is_html_analysis(text) or _has_analysis_object(text[match.end() :]):
+        return text[: match.start()] + text[match.end() :], True
+    return text[: match.start()], True
+
+
+def _sharper(error: AnalysisError, text: str, thought: bool) -> AnalysisError:
+    return _diagnosis(text, False, thought) if error.reason == "no_cards" else error
+
+
+def _diagnosis(text: str, echoed: bool, thought: bool) -> AnalysisError:
+    """Say what a text is that holds no analysis object."""
+    plain = " ".join(html.unescape(re.sub(r"<[^>]{0,500}>", " ", text)).split())
+    quote = plain[:80]
+    objects = [value for value, *_ in find_objects(text)]
+    brace = text.find("{")
+    meant = re.search(r'\{\s*"', text) is not None
+    if meant and not objects or re.search(r'\{\s*"(?:image_description|dim\w*|overall_\w+)"', text):
+        start = re.search(r'\{\s*"', text).start()
+        if balanced_end(text, start) is None:
+            return AnalysisError("truncated_json", f"cut off after {len(text) - start:,} characters")
+        try:
+            parse_json(text[start : balanced_end(text, start)])
+        except ValueError as problem:
+            what = getattr(problem, "msg", str(problem))
+            misspelt = not re.search(r'"dimensions"\s*:|"dimensional_analysis"\s*:', text[start:])
+            return AnalysisError("misspelt_json" if misspelt else "invalid_json", f"{what}, in {quote[:60]!r}")
+    if objects:
+        keys = list(max(objects, key=len))
+        if any(str(key).lower() in ("error", "detail", "exception") for key in keys) and len(keys) <= 4:
+            return AnalysisError("error_page", quote)
+        if any(re.match(r"image_desc|dim\w*s$|overall_|key_str", str(key)) for key in keys):
+            return AnalysisError("misspelt_json", f"no dimensions among the keys {', '.join(map(str, keys))[:80]}")
+        return AnalysisError("no_scores", f"an object with {', '.join(str(key)[:30] for key in keys[:6])}")
+    if _ERROR.search(plain):
+        return AnalysisError("error_page", _ERROR.split(plain)[0][-20:] + plain[_ERROR.search(plain).start() :][:70])
+    if echoed:
+        return AnalysisError("prompt_echo", quote or "the prompt and nothing after it")
+    if thought:
+        return AnalysisError("reasoning_only", quote or "nothing after the reasoning")
+    if brace >= 0 and meant:
+        return AnalysisError("invalid_json", quote)
+    return AnalysisError("stub" if len(plain) < _STUB else "no_object", quote or "markup without text")

@@ -1,0 +1,1 @@
+"""Base and adapter compared on held-out photographs."""

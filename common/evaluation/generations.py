@@ -1,0 +1,181 @@
+"""Where a comparison's raw outputs come from: the model, or a file; and the log from which a broken run goes on.
+
+A source has ``arms`` (names, "base" first), ``load_seconds`` and `records`, which yields these rows, the same that
+`--sample_outputs` writes and `--from_outputs` reads back, one JSON object a line:
+
+    {"kind": "output", "arm": "base", "example": 0, "sample": 0, "text": "...", "finish": "stop", "tokens": 873}
+    {"kind": "loss", "arm": "base", "example": 0, "sum": 612.5, "tokens": 880}
+    {"kind": "timing", "arm": "base", "example": 0, "seconds": 2.1, "first_token_seconds": 0.3, "tokens": 873}
+
+``example`` counts the rows of the validation file from 0. ``finish``: "stop" (end of turn), "length" (token limit) or
+"loop" (stopped in a repetition loop). A loss's ``sum`` is in nats over ``tokens`` supervised tokens.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from common.dataset import Example
+from common.errors import UserError, refuse
+from common.evaluation.scoring import FINISHES, is_number
+from common.files import read_rows, write_jsonl
+
+NEEDED = {
+    "output": ("text", "finish"),
+    "loss": ("sum", "tokens"),
+    "timing": ("seconds", "first_token_seconds", "tokens"),
+}
+
+
+@dataclass
+class Item:
+    """One held-out example and what its prompt asks for."""
+
+    index: int
+    example: Example
+    sha256: list[str]  # of the photographs' bytes, computed anew
+    dimensions: list[str]
+    key: str = field(init=False)  # names photograph, prompt and reference by content
+
+    def __post_init__(self) -> None:
+        content = "\0".join([*self.sha256, self.example.prompt, self.example.response])
+        self.key = hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+class Source(Protocol):
+    """What `evaluate_lora.py` needs of the model, and what a file of planted outputs gives just as well."""
+
+    arms: list[str]
+    load_seconds: dict[str, float]
+
+    def settings(self, arm: str) -> dict:
+        """Return all that an arm's outputs depend on, besides photograph and prompt."""
+
+    def outputs(self, arm: str, items: list[Item], samples: int) -> Iterator[dict]:
+        """Yield an "output" row a sample of each item, in any order."""
+
+    def losses(self, arm: str, items: list[Item]) -> Iterator[dict]:
+        """Yield a "loss" row an item."""
+
+    def timings(self, items: list[Item]) -> Iterator[dict]:
+        """Yield "timing" rows, the arms in turn for each item."""
+
+
+class RecordedSource:
+    """Raw outputs read from a file: an evaluation done again without the model, or one whose outputs are planted."""
+
+    def __init__(self, path: Path, items: list[Item]):
+        self.path, self.load_seconds = path, {}
+        by_job = {item.example.job_id: item.index for item in items}
+        known = {item.index for item in items}
+        self.rows: dict[tuple[str, str], list[dict]] = {}
+        problems = []
+        for line, row in read_rows(path):
+            example = by_job.get(row.get("example"), row.get("example"))
+            try:
+                self._check(row)
+            except ValueError as error:
+                problems.append(f"{path}:{line}: {error}")
+                continue
+            if row["kind"] == "arm":
+                self.load_seconds[row["arm"]] = row["load_seconds"]
+            elif example in known:
+                found = {"sample": 0, "tokens": len(str(row.get("text", "")).split())} | row | {"example": example}
+                self.rows.setdefault((row["kind"], row["arm"]), []).append(found)
+        refuse(problems)
+        present = {arm for kind, arm in self.rows if kind == "output"}
+        self.arms = [arm for arm in ("base", "candidate", "deployed") if arm in present] + sorted(
+            arm for arm in present if arm.endswith("+grammar")
+        )
+        if not {"base", "candidate"} <= present:
+            raise UserError(
+                f"{path}: outputs of 'base' and of 'candidate' are needed, found {sorted(present) or 'none'}"
+            )
+
+    @staticmethod
+    def _check(row: dict) -> None:
+        kind = row.get("kind", "output")
+        row["kind"] = kind
+        if kind == "arm":
+            if not is_number(row.get("load_seconds")):
+                raise ValueError("'load_seconds' is not a number")
+            return
+        if kind not in NEEDED:
+            raise ValueError(f"unknown kind {kind!r}")
+        missing = [name for name in ("arm", "example", *NEEDED[kind]) if name not in row]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing")
+        if kind == "output" and (not isinstance(row["text"], str) or row["finish"] not in FINISHES):
+            raise ValueError(f"'text' must be a string and 'finish' one of {', '.join(FINISHES)}")
+        numbers = [name for name in NEEDED[kind] if kind != "output" and not is_number(row[name])]
+        if numbers and not (kind == "loss" and row["sum"] is None and numbers == ["sum"]):
+            raise ValueError(f"{', '.join(numbers)}: a number was expected")
+
+    def settings(self, arm: str) -> dict:
+        return {"outputs": str(self.path)}
+
+    def outputs(self, arm: str, items: list[Item], samples: int) -> Iterator[dict]:
+        wanted = {item.index for item in items}
+        return (row for row in self.rows.get(("output", arm), []) if row["example"] in wanted)
+
+    def losses(self, arm: str, items: list[Item]) -> Iterator[dict]:
+        wanted = {item.index for item in items}
+        return (row for row in self.rows.get(("loss", arm), []) if row["example"] in wanted)
+
+    def timings(self, items: list[Item]) -> Iterator[dict]:
+        return (row for arm in self.arms for row in self.rows.get(("timing", arm), []))
+
+
+class OutputLog:
+    """The outputs and losses of one arm so far: a JSONL file named after the exact settings they came from.
+
+    Each row reaches the disk as it comes, so an interrupted evaluation goes on where it stopped; another evaluation
+    with the same base, settings and photographs (the next version's, say) finds the base's outputs there. Rows are
+    keyed by content, not by position. A last line that a crash cut short is dropped.
+    """
+
+    def __init__(self, folder: Path, arm: str, settings: dict, fresh: bool = False):
+        text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+        self.path = folder / f"{arm}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        self.rows: dict[tuple[str, str, int], dict] = {}
+        found = [] if fresh else self._whole_rows()
+        if not found or found[0] != {"settings": settings}:
+            found = [{"settings": settings}]
+        for row in found[1:]:
+            self.rows[row["kind"], row["key"], row.get("sample", 0)] = row
+        write_jsonl(self.path, found)
+
+    def _whole_rows(self) -> list[dict]:
+        if not self.path.is_file():
+            return []
+        found = []
+        for line in self.path.read_bytes().split(b"\n")[:-1]:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break  # what follows a damaged line was written by nobody who knew of it
+        return found
+
+    def has(self, kind: str, item: Item, sample: int = 0) -> bool:
+        return (kind, item.key, sample) in self.rows
+
+    def get(self, kind: str, item: Item, sample: int = 0) -> dict | None:
+        """Return a row as its source gave it, numbered as in this evaluation."""
+        row = self.rows.get((kind, item.key, sample))
+        return row and {name: value for name, value in row.items() if name != "key"} | {"example": item.index}
+
+    def add(self, row: dict, item: Item) -> None:
+        """Append one row and make it durable."""
+        row = row | {"key": item.key}
+        self.rows[row["kind"], item.key, row.get("sample", 0)] = row
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free space, then run again") from error

@@ -1,0 +1,169 @@
+"""The raw outputs of a comparison, made by the model: one base in memory, the adapters switched over it."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from common.evaluation.generations import Item
+from common.model.step import collate, loss_only
+from common.release.adapter import read_adapter
+from integration.lora_patch import vlm
+from integration.lora_patch.generation import Decoding, Grammar, Request, answer_schema, answer_text, prompt_row
+from integration.lora_patch.photo import load_photo
+
+GRAMMAR = "+grammar"  # an arm of this ending decodes under the JSON grammar
+WARM_UP = 8  # tokens generated before anything is timed: kernels are compiled in the first
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are generated."""
+
+    max_tokens: int
+    batch_size: int = 8
+    temperature: float = 0.0
+    seed: int = 0
+    max_image_size: int = 1024
+
+
+class ModelSource:
+    """The base, the candidate and, if there is one, the deployed adapter; see `generations.Source`."""
+
+    def __init__(self, base: vlm.Base, adapters: dict[str, Path], sampling: Sampling, constrained: bool, facts: dict):
+        """``adapters``: folder by arm ("candidate", ...); ``facts``: what identifies base and software, for the log."""
+        self.base, self.sampling, self.facts = base, sampling, facts
+        self.load_seconds: dict[str, float] = {}
+        self.adapters: dict[str, vlm.Adapter | None] = {"base": None}
+        self.hashes: dict[str, object] = facts["adapters"]
+        for arm, folder in adapters.items():
+            self.adapters[arm] = self._load(arm, folder)
+        free = list(self.adapters)
+        self.arms = free + ([arm + GRAMMAR for arm in free if arm != "deployed"] if constrained else [])
+        self._rows: dict[str, vlm.Row] = {}
+        self._grammars: dict[tuple[str, ...], Grammar] = {}
+
+    def _load(self, arm: str, folder: Path) -> vlm.Adapter:
+        start = time.perf_counter()
+        tensors, config = read_adapter(folder)
+        adapter = vlm.build_adapter(self.base, tensors, config["r"], config["lora_alpha"])
+        self.load_seconds[arm] = time.perf_counter() - start
+        return adapter
+
+    def settings(self, arm: str) -> dict:
+        return {
+            "arm": arm.removesuffix(GRAMMAR),
+            "grammar": arm.endswith(GRAMMAR),
+            "base": self.facts["base"],
+            "adapter": self.hashes.get(arm.removesuffix(GRAMMAR)),
+            "software": self.facts["software"],
+            "device": self.facts["device"],
+            **vars(self.sampling),
+        }
+
+    def outputs(self, arm: str, items: list[Item], samples: int) -> Iterator[dict]:
+        decoding = self._switch(arm)
+        by_key = {item.key: item for item in items}
+        requests = [
+            Request(prompt_row(self._row(item)), item.key, sample, self._grammar(arm, item))
+            for item in items
+            for sample in range(samples)
+        ]
+        how = self.sampling
+        for answer in decoding.generate(requests, how.batch_size, how.max_tokens, how.temperature, how.seed):
+            yield {
+                "kind": "output",
+                "arm": arm,
+                "example": by_key[answer.key].index,
+                "sample": answer.sample,
+                "text": decoding.text(answer.tokens),
+                "finish": answer.finish,
+                "tokens": len(answer.tokens),
+            }
+
+    def losses(self, arm: str, items: list[Item]) -> Iterator[dict]:
+        if arm.endswith(GRAMMAR):
+            return  # a grammar changes what is generated, not what the model thinks of the reference
+        self._switch(arm)
+        for item in items:
+            total, tokens = loss_only(self.base.model, collate(self.base.model, [self._row(item)]))
+            value = float(total)
+            # a model broken by its adapter has no loss: null in the report, and every gate on it fails
+            value = value if abs(value) < float("inf") else None
+            yield {"kind": "loss", "arm": arm, "example": item.index, "sum": value, "tokens": int(tokens)}
+
+    def timings(self, items: list[Item]) -> Iterator[dict]:
+        """Time whole requests one at a time, as the service serves them: photograph file to last token.
+
+        The free arms run through mlx-vlm's own generation. Arms under the grammar run through this project's, beside
+        a free run of the same ("free"), since their cost is to be compared like with like.
+        """
+        for at, item in enumerate(items):
+            # each photograph begins with another arm, so that none has the warmer machine
+            order = self.arms[at % len(self.arms) :] + self.arms[: at % len(self.arms)]
+            for arm in order:
+                if at == 0:
+                    self._time(arm, item, WARM_UP)
+                yield {"kind": "timing", "arm": arm, "example": item.index, **self._time(arm, item)}
+
+    def _time(self, arm: str, item: Item, max_tokens: int | None = None) -> dict:
+        if not arm.endswith(GRAMMAR):
+            return self._timed(self._stream(arm, item, max_tokens or self.sampling.max_tokens))
+        grammar = self._grammar(arm, item)
+        runs = [self._timed(self._decode(arm, item, kind, max_tokens)) for kind in (None, grammar)]
+        return runs[1] | {"free": runs[0]}
+
+    def _timed(self, tokens: Iterator[int]) -> dict:
+        mx.synchronize()
+        mx.reset_peak_memory()
+        start, first, found = time.perf_counter(), None, []
+        for token in tokens:
+            found.append(token)
+            first = first or time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        return {
+            "seconds": seconds,
+            "first_token_seconds": first or seconds,
+            "tokens": len(found),
+            "peak_bytes": mx.get_peak_memory(),
+            "text": answer_text(self.base, found),
+        }
+
+    def _stream(self, arm: str, item: Item, max_tokens: int) -> Iterator[int]:
+        self._switch(arm)
+        yield from vlm.stream(self.base, item.example.prompt, self._photos(item), max_tokens)
+
+    def _decode(self, arm: str, item: Item, grammar: Grammar | None, max_tokens: int | None) -> Iterator[int]:
+        decoding = self._switch(arm)
+        encoded = vlm.encode(self.base, item.example.prompt, self._photos(item))
+        request = Request(vlm.prepare_row(self.base, encoded), item.key, 0, grammar)
+        yield from decoding.stream(request, max_tokens or self.sampling.max_tokens)
+
+    def _switch(self, arm: str) -> Decoding:
+        vlm.use_adapter(self.base, self.adapters[arm.removesuffix(GRAMMAR)])
+        return Decoding(self.base)
+
+    def _row(self, item: Item) -> vlm.Row:
+        """Return an example's features, computed once and shared by all arms while its part of the work lasts."""
+        if item.key not in self._rows:
+            encoded = vlm.encode(self.base, item.example.prompt, self._photos(item), item.example.response)
+            self._rows[item.key] = vlm.prepare_row(self.base, encoded)
+        return self._rows[item.key]
+
+    def release(self) -> None:
+        """Forget the features of the photographs that are done with."""
+        self._rows.clear()
+        mx.clear_cache()  # on Metal freed buffers stay with MLX and out of the system's reach
+
+    def _photos(self, item: Item) -> list:
+        return [load_photo(path, self.sampling.max_image_size) for path in item.example.image_paths]
+
+    def _grammar(self, arm: str, item: Item) -> Grammar | None:
+        if not arm.endswith(GRAMMAR):
+            return None
+        names = tuple(item.dimensions)
+        if names not in self._grammars:
+            self._grammars[names] = Grammar(self.base, answer_schema(names))
+        return self._grammars[names]

@@ -1,0 +1,243 @@
+"""What one output is worth: whether it is what the service demands, why not, and how near it is to the reference."""
+
+import collections
+import json
+import re
+
+import numpy as np
+from sacrebleu.metrics import CHRF
+
+from common.analysis import check_strict, parse_lenient
+from common.data.quality import foreign_text
+from integration.lora_patch.repetition import repeated_tail
+
+# Every way to fail, worst first; an output is counted under the first that holds and lists them all.
+FAILURES = {
+    "repetition_loop": "Repetition loop: the same words again and again",
+    "truncated": "Truncated: no end of turn within the token limit",
+    "wrong_language": "Wrong language: not English",
+    "code_fence": "Code fence around the JSON",
+    "prose": "Prose before, after or instead of the JSON object",
+    "broken_json": "Broken JSON",
+    "wrong_schema": "Wrong schema: a field is missing, added or of the wrong kind",
+    "wrong_dimensions": "Wrong dimensions: other names or another order",
+    "out_of_range": "Scores out of range",
+}
+FINISHES = ("stop", "length", "loop")
+
+_chrf = CHRF()
+
+
+def judge(text: str, finish: str, dimensions: list[str]) -> dict:
+    """Judge one output against the service's demand.
+
+    ``text`` is what was generated before the end of turn; ``finish`` is "stop" (end of turn reached), "length" (token
+    limit) or "loop" (stopped in a repetition loop); ``dimensions`` are the names the prompt asks for, in its order.
+    Returns {"strict": bool, "failures": [class, ...] worst first, "problems": [sentence, ...], "lenient": bool,
+    "mends": [what a lenient reader had to overlook], "analysis": object or None}.
+    """
+    analysis, mends = parse_lenient(text)
+    analysis = _encodable(analysis)
+    foreign = foreign_text(analysis) is not None if analysis else not is_latin(text)
+    problems = list(check_strict(text, dimensions)) if finish == "stop" else []
+    found = set(_classify(text, finish, dimensions)) | ({"wrong_language"} if foreign else set())
+    if problems and not found:
+        found.add("wrong_schema")
+    if "wrong_language" in found:
+        problems.append("not in English")
+    if finish != "stop":
+        problems.insert(0, "no end of turn: " + ("it repeats itself" if "repetition_loop" in found else "token limit"))
+    return {
+        "strict": not found and not problems,
+        "failures": [name for name in FAILURES if name in found],
+        "problems": _encodable([str(problem) for problem in problems]),
+        "lenient": analysis is not None,
+        "mends": _encodable([str(mend) for mend in mends]),
+        "analysis": analysis,
+    }
+
+
+def _encodable(value: object):
+    r"""Replace what JSON's escapes can spell but no file can hold: half a surrogate pair ("\ud800")."""
+    if isinstance(value, dict):
+        return {name: _encodable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def _classify(text: str, finish: str, dimensions: list[str]):
+    if finish == "loop" or (finish == "length" and repeated_tail(text.split())):
+        yield "repetition_loop"
+    elif finish == "length":
+        yield "truncated"
+    body = text.strip()
+    if "```" in body:
+        yield "code_fence"
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        # what stopped early cannot be whole: that it does not parse says nothing more
+        if finish == "stop" and "```" not in body:
+            yield "broken_json" if body.startswith("{") and not _text_after_object(body) else "prose"
+        return
+    if not isinstance(value, dict):
+        yield "prose"
+        return
+    listed = value.get("dimensions")
+    listed = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+    if listed and [item.get("name") for item in listed] != list(dimensions):
+        yield "wrong_dimensions"
+    scores = [item.get("score") for item in listed] + [value.get("overall_score")]
+    if any(is_number(score) and not 1 <= score <= 10 for score in scores):
+        yield "out_of_range"
+
+
+def _text_after_object(body: str) -> bool:
+    """Tell whether ``body`` is a whole JSON object with something after it."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(body)
+    except (ValueError, RecursionError):
+        return False
+    return bool(body[end:].strip())
+
+
+def is_latin(text: str) -> bool:
+    """Tell whether a text that no analysis can be read from is at least in Latin letters, nine tenths of them."""
+    letters = [letter for letter in text if letter.isalpha()]
+    foreign = sum(letter > "ɏ" for letter in letters)  # past Latin Extended-B
+    return foreign <= 0.1 * len(letters)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def measure(text: str, verdict: dict, reference: dict | None, prompt: dict) -> dict:
+    """Measure one judged output against its reference analysis; what cannot be measured is None.
+
+    ``prompt`` is {"dimensions", "terms", "example_scores"}. Returns {"scores": {name: score}, "overall", "errors":
+    {name: absolute error}, "overall_error", "consistency": |overall - mean of its own dimensions|, "comments" and
+    "description": chrF of 0..100 (0 when the output cannot be read), "vocabulary": share of the advisor's terms used,
+    "example_scores": whether the scores are those of the prompt's own example}.
+    """
+    ours, theirs = verdict["analysis"] or {}, reference or {}
+    scores, wanted = dimension_scores(ours), dimension_scores(theirs)
+    overall = ours.get("overall_score") if is_number(ours.get("overall_score")) else None
+    right = theirs.get("overall_score") if is_number(theirs.get("overall_score")) else None
+    names = [name for name in prompt["dimensions"] if name in scores]
+    example = prompt.get("example_scores") or []
+    return {
+        "scores": scores,
+        "overall": overall,
+        "errors": {name: abs(scores[name] - wanted[name]) for name in names if name in wanted},
+        "overall_error": None if overall is None or right is None else abs(overall - right),
+        "consistency": None
+        if overall is None or not names
+        else abs(overall - sum(scores[name] for name in names) / len(names)),
+        "comments": _comments_overlap(ours, theirs) if reference else None,
+        "description": overlap(ours.get("image_description"), theirs["image_description"])
+        if theirs.get("image_description")
+        else None,
+        "vocabulary": vocabulary_share(text, prompt.get("terms") or []),
+        "example_scores": bool(example) and len(names) > 0 and [scores.get(n) for n in names] == list(example),
+    }
+
+
+def dimension_scores(analysis: dict) -> dict[str, float]:
+    """Return {dimension name: score} of the dimensions that have a number."""
+    listed = analysis.get("dimensions")
+    return {
+        str(item.get("name")): item["score"]
+        for item in (listed if isinstance(listed, list) else [])
+        if isinstance(item, dict) and is_number(item.get("score"))
+    }
+
+
+def _comments_overlap(ours: dict, theirs: dict) -> float | None:
+    """Return the mean chrF of comment + recommendation over the reference's dimensions, matched by name."""
+    texts, wanted = _dimension_texts(ours), _dimension_texts(theirs)
+    return float(np.mean([overlap(texts.get(name), text) for name, text in wanted.items()])) if wanted else None
+
+
+def _dimension_texts(analysis: dict) -> dict[str, str]:
+    listed = analysis.get("dimensions")
+    texts = {
+        str(item.get("name")): " ".join(str(item[key]) for key in ("comment", "recommendation") if item.get(key))
+        for item in (listed if isinstance(listed, list) else [])
+        if isinstance(item, dict)
+    }
+    return {name: text for name, text in texts.items() if text}
+
+
+def overlap(text: object, reference: str) -> float:
+    """Return the chrF score (Popović 2015, sacrebleu's defaults: character 6-grams, beta 2), 0..100."""
+    return _chrf.sentence_score(text, [reference]).score if isinstance(text, str) and text.strip() else 0.0
+
+
+def plain_words(analysis: dict | None, text: str) -> list[str]:
+    """Return the words a reader reads: the analysis's texts when there is one, else the raw output."""
+    if analysis is None:
+        return words(text)
+    found: list[str] = []
+
+    def collect(value: object, key: str = "") -> None:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                collect(item, name)
+        elif isinstance(value, list):
+            for item in value:
+                collect(item, key)
+        elif isinstance(value, str) and key != "name":
+            found.extend(words(value))
+
+    collect(analysis)
+    return found
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
+
+
+def trigrams(tokens: list[str]) -> frozenset:
+    return frozenset(zip(tokens, tokens[1:], tokens[2:], strict=False))
+
+
+def similarity(one: frozenset, other: frozenset) -> float:
+    """Return the Jaccard similarity of two sets of word trigrams, 1.0 for two empty ones."""
+    return len(one & other) / len(one | other) if one or other else 1.0
+
+
+def advisor_terms(prompt: str) -> list[str]:
+    """Return the advisor's vocabulary: the content words that only the advisor's part of a prompt has.
+
+    The advisor's part is what follows the last paragraph-opening "You are" (the system prompt has its own) or, when
+    there is none, the last JSON example. Words of under four letters, and words that the system prompt uses too,
+    say nothing of the advisor.
+    """
+    opening = [match.start() for match in re.finditer(r"(?m)^(?:You are|Your name is|Act as|I am)\b", prompt)]
+    start = opening[-1] if opening and opening[-1] > 0 else prompt.rfind("\n}") + 1
+    if start <= 0:
+        return []
+    system, advisor = prompt[:start], prompt[start:].removesuffix("Analyze the provided image.")
+    common = set(words(system)) | _FUNCTION_WORDS
+    counts = collections.Counter(word for word in words(advisor) if len(word) >= 4 and not word.isdigit())
+    return sorted(word for word in counts if word not in common)
+
+
+def vocabulary_share(text: str, terms: list[str]) -> float | None:
+    """Return the share of the advisor's terms that a text uses at least once."""
+    return len(set(words(text)) & set(terms)) / len(terms) if terms else None
+
+
+_FUNCTION_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """about above after again against also although always among another around because been before being below
+        between both cannot could does doing down during each either else every from further have having here hers
+        herself himself into itself just like made make many more most much must myself neither nevertheless only other
+        ours over perhaps rather same shall should some such than that their theirs them themselves then there these
+        they this those through together under until upon very want well were what when where whether which while whom
+        whose will with within without would your yours yourself""",
+    )
+)

@@ -1,0 +1,1 @@
+"""Qwen3-VL as this project trains it."""

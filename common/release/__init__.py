@@ -1,0 +1,1 @@
+"""Versions of an adapter: in use, promoted, rolled back."""

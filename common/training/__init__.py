@@ -1,0 +1,1 @@
+"""One training run: data loader, memory plan, checkpoints, export."""

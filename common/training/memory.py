@@ -1,0 +1,265 @@
+"""What a training run needs in memory and what the device has: estimated from shapes before the first step.
+
+Sizes are bytes. The estimate counts what lives at the peak of a step: the base, the adapter with its gradients and
+moments, the activations that the backward pass needs, and the layer or output head that is being computed.
+"""
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from common.errors import UserError
+from common.model.layer import CHUNK
+from common.model.step import IN_FLIGHT as QUEUED
+from common.model.step import ROW_CHUNK, VOCAB_CHUNK
+from common.training.data_loader import padded
+
+GB = 1e9
+SHARE = {"metal": 0.95, "cuda": 0.92, "cpu": 0.8}  # of what the device offers; the rest is for what is not counted
+PAD_MULTIPLE = {"metal": 32, "cuda": 128, "cpu": 16}  # CUDA's fused attention backward wants 128; else padding is waste
+FORWARD = {"metal": "chunked", "cuda": "chunked", "cpu": "full"}
+IN_FLIGHT = QUEUED + 1  # layers whose temporaries exist at once
+OUT_OF_MEMORY = re.compile(r"out of memory|malloc|unable to allocate|insufficient memory|bad_alloc", re.I)
+
+
+def size(count: float) -> str:
+    """Return bytes as people read them: 12.3 GB, 260 MB, 0.4 MB."""
+    if count >= GB:
+        return f"{count / GB:.1f} GB"
+    return f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"
+
+
+# -- the device -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device that trains: its backend ("metal", "cuda", "cpu"), what people call it, and its usable bytes."""
+
+    backend: str
+    name: str
+    offers: int
+
+    @property
+    def budget(self) -> int:
+        return int(SHARE[self.backend] * self.offers)
+
+
+def find_device() -> Device:
+    """Return the default device: a Mac's recommended working set, a GPU's memory, or the RAM that is free."""
+    info = mx.device_info()
+    name = str(info.get("device_name", info.get("architecture", "unknown device")))
+    if mx.default_device() == mx.Device(mx.cpu):
+        return Device("cpu", name, available_ram())
+    if mx.metal.is_available():
+        return Device("metal", name, int(info["max_recommended_working_set_size"]))
+    offers = info.get("free_memory") or info.get("total_memory") or info.get("memory_size") or available_ram()
+    return Device("cuda", name, int(offers))
+
+
+def available_ram() -> int:
+    """Return the bytes of RAM that a process may still take, a container's limit included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return min(free, max(0, limit - used))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of model and adapter decides the memory."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    itemsize: int  # bytes of an activation
+    quantized: bool
+    weights: int  # bytes of the base, vision tower included
+    trainable: int  # LoRA parameters
+    rank: int
+    deepstack: int  # levels of the vision tower that are added to the first layers
+    attention: (
+        str  # "fused": no scores are formed; "chunked": in the backward pass alone; "full": forward too, all of them
+    )
+
+
+def shape_of(model: nn.Module, rank: int, backend: str) -> Shape:
+    """Read the shape from a loaded model; the adapter need not be attached yet."""
+    text = model.language_model.args
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dtype = model.language_model.model.norm.weight.dtype
+    arrays = [a for name, a in tree_flatten(model.parameters()) if not name.endswith(("lora_a", "lora_b"))]
+    return Shape(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        intermediate=text.intermediate_size,
+        vocabulary=text.vocab_size,
+        itemsize=dtype.size,
+        quantized=any(array.dtype == mx.uint32 for array in arrays),
+        weights=sum(array.nbytes for array in arrays),
+        trainable=text.num_hidden_layers * rank * adapter_width(text, head_dim),
+        rank=rank,
+        deepstack=len(model.config.vision_config.deepstack_visual_indexes),
+        # CUDA's fused backward takes 16-bit values and heads of at most 128; the CPU's forward is not fused either
+        attention="fused" if backend == "cuda" and dtype.size == 2 and head_dim <= 128 else FORWARD[backend],
+    )
+
+
+def adapter_width(text, head_dim: int) -> int:
+    """Return the sum of input and output widths of a layer's seven projections: LoRA parameters per rank."""
+    d, q, kv, i = (
+        text.hidden_size,
+        text.num_attention_heads * head_dim,
+        text.num_key_value_heads * head_dim,
+        text.intermediate_size,
+    )
+    return 2 * (d + q) + 2 * (d + kv) + 3 * (d + i)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is laid out so that it fits, and the bytes that it is estimated to need."""
+
+    micro: int
+    checkpointing: bool
+    multiple: int
+    length: int  # of the longest row
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        return f"{size(self.total)} ({', '.join(f'{name} {size(part)}' for name, part in self.parts.items())})"
+
+
+def estimate(shape: Shape, micro: int, length: int, targets: int, checkpointing: bool, multiple: int) -> Plan:
+    """Estimate the peak of a step with ``micro`` rows of ``length`` tokens, ``targets`` of them supervised in each."""
+    rows = padded(length, multiple)
+    tokens, supervised = micro * rows, padded(micro * targets, multiple)
+    d, q, kv, inner = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate
+    item, adapter = shape.itemsize, shape.trainable
+    # kept for the backward pass, in values a token and layer: see "keep" in common/model/layer.py
+    products = q + 2 * kv + 2 * inner
+    kept = 2 * d + 7 * shape.rank + (0 if checkpointing else products)
+    # in hand: a layer's temporaries, for the layers that are under way at once; a quarter of them is always float32
+    values = 4 * d + 4 * q + 5 * inner + (products if checkpointing else 0)
+    layer = IN_FLIGHT * tokens * values * (3 * item + 4) // 4
+    # float32 scores and what becomes of them: of a block of queries, or of all
+    scores = {"fused": 0, "chunked": 8 * min(CHUNK, rows), "full": max(8 * min(CHUNK, rows), 5 * rows)}
+    layer += 4 * micro * shape.heads * scores[shape.attention] * rows
+    # the output head: logits of a block of rows, and float32 passes over a block of the vocabulary
+    block = min(supervised, ROW_CHUNK)
+    head = block * (shape.vocabulary * item + 3 * min(VOCAB_CHUNK, shape.vocabulary) * 4)
+    if shape.quantized:  # matrices unpacked for their products
+        layer += IN_FLIGHT * item * (2 * d * q + 2 * d * kv + 3 * d * inner)
+        head += item * shape.vocabulary * d
+    return Plan(
+        micro,
+        checkpointing,
+        multiple,
+        length,
+        {
+            "base": shape.weights,
+            "adapter and AdamW": adapter * (4 + 8 + item),
+            "activations": shape.layers * tokens * kept * item + 2 * tokens * d * item * (1 + shape.deepstack),
+            "work in hand": max(head, layer + 8 * adapter, 20 * adapter),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user fixed; None where the memory decides."""
+
+    batch_size: int
+    micro: int | None = None
+    checkpointing: bool | None = None
+
+
+def fit(
+    shape: Shape, device: Device, lengths: list[int], targets: list[int], choice: Choice, multiple: int
+) -> Plan | None:
+    """Return the fastest layout of these rows that fits the device, or None.
+
+    Checkpointing recomputes every layer and costs about a third of the speed; smaller micro-batches cost little.
+    """
+    longest, most = max(lengths), max(targets)
+    micros = (
+        [choice.micro]
+        if choice.micro
+        else sorted({-(-choice.batch_size // n) for n in range(1, choice.batch_size + 1)}, reverse=True)
+    )
+    for checkpointing in [False, True] if choice.checkpointing is None else [choice.checkpointing]:
+        for micro in micros:
+            plan = estimate(shape, micro, longest, most, checkpointing, multiple)
+            if plan.total <= device.budget:
+                return plan
+    return None
+
+
+def longest_that_fits(
+    shape: Shape, device: Device, lengths: list[int], targets: list[int], choice: Choice, multiple: int
+) -> int:
+    """Return the length of the longest row that can be trained on with every means of saving memory; 0 if none can."""
+    for length, target in sorted(zip(lengths, targets, strict=True), reverse=True):
+        if fit(shape, device, [length], [target], replace(choice, batch_size=1), multiple):
+            return length
+    return 0
+
+
+def too_large(
+    shape: Shape, device: Device, lengths: list[int], targets: list[int], choice: Choice, multiple: int
+) -> UserError:
+    """Return the error that names the flags to change, with numbers."""
+    least = Choice(1, 1, True if choice.checkpointing is None else choice.checkpointing)
+    plan = estimate(shape, choice.micro or 1, max(lengths), max(targets), bool(least.checkpointing), multiple)
+    advice = []
+    if choice.micro not in (None, 1):
+        advice.append("--micro_batch_size 1")
+    if choice.checkpointing is False:
+        saved = plan.total - estimate(shape, plan.micro, plan.length, max(targets), True, multiple).total
+        advice.append(f"--grad_checkpointing on (saves {size(saved)})")
+    if length := longest_that_fits(
+        shape, device, lengths, targets, replace(choice, micro=1, checkpointing=True), multiple
+    ):
+        kept = sum(other <= length for other in lengths)
+        advice.append(f"--max_seq_length {length} (keeps {kept} of {len(lengths)} examples)")
+    advice.append("--max_image_size 768 (44% fewer image tokens than 1024)")
+    halved = 22 * shape.trainable / 2  # values, gradients, moments
+    if halved > 0.02 * device.budget:
+        advice.append(f"half the --lora_r (saves {size(halved)})")
+    if not shape.quantized:
+        advice.append(f"a 4-bit --base_model (saves about {size(0.7 * shape.weights)})")
+    return UserError(
+        f"{device.name} has {size(device.budget)} for training and this run needs about {plan}, at micro-batch "
+        f"{plan.micro} with{'' if plan.checkpointing else 'out'} checkpointing. Try " + ", or ".join(advice)
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a RuntimeError of MLX's, or a MemoryError, means that the device is full."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))

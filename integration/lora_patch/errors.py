@@ -1,0 +1,12 @@
+"""The one kind of error that a person can mend; scripts and service print it as one line."""
+
+
+class LoraError(ValueError):
+    """An expected failure. The message is one line: the file, what is wrong, how to mend it."""
+
+
+def refuse(problems: list[str], limit: int = 20) -> None:
+    """Raise one `LoraError` for all ``problems`` (a line each, at most ``limit``); return when there are none."""
+    if problems:
+        more = [f"... and {len(problems) - limit} more"] if len(problems) > limit else []
+        raise LoraError("\n  ".join(problems[:limit] + more))

@@ -1,0 +1,534 @@
+"""The one file that touches mlx-vlm's internals: loading Qwen3-VL, examples to tokens, the frozen features, LoRA.
+
+    from .vlm import attach_lora, encode, load_base, prepare_row
+    base = load_base("Qwen/Qwen3-VL-4B-Instruct")
+    row = prepare_row(base, encode(base, prompt, [photo], response))
+    attach_lora(base, rank=16, alpha=32, dropout=0.05)
+
+Reads a model folder (or a hub id); writes nothing. `common/model/step.py` trains on what this file hands out: plain
+arrays and the static description of a decoder layer.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+from mlx_vlm.generate import stream_generate
+from mlx_vlm.prompt_utils import apply_chat_template
+from mlx_vlm.trainer.peft import LoRALinear
+from mlx_vlm.utils import load as load_mlx_vlm
+from mlx_vlm.utils import process_inputs
+
+from .errors import LoraError, refuse
+
+LAYERS = "language_model.model.layers"  # the prefix of every trained module's name
+END_OF_TURN = "<|im_end|>"
+TARGET_MODULES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+# Projections that share an input: one product with W, one with their A matrices, one dropout mask.
+GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+
+
+# -- the base ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Base:
+    """A loaded Qwen3-VL: mlx-vlm's model and processor, its config.json, and where it came from."""
+
+    model: nn.Module
+    processor: object
+    config: dict
+    path: Path
+    name: str  # as the user typed it
+
+
+def load_base(name_or_path: str | Path) -> Base:
+    """Load a Qwen3-VL from a folder or from the hub (its cache first); the base is frozen and in evaluation mode.
+
+    Raises `LoraError` for a folder without config.json, weights or tokenizer, another model type, or a name that is
+    neither a folder nor reachable on the hub.
+    """
+    name = str(name_or_path)
+    path = _model_folder(name)
+    config = _read_config(path)
+    try:
+        model, processor = load_mlx_vlm(str(path))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: MLX on damaged weights
+        raise LoraError(f"{name}: the model cannot be loaded: {_first_line(error)}") from error
+    model.freeze()
+    model.eval()
+    group_weights(model)
+    return Base(model, processor, config, path, name)
+
+
+def _model_folder(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise LoraError(f"{name}: no model folder there; name a folder with config.json and weights, or a hub id")
+    from huggingface_hub import snapshot_download  # imported here: a local folder never needs the hub
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub client raises a dozen unrelated types; all mean "not to be had"
+        raise LoraError(f"{name}: neither a folder here nor a model the hub gives: {_first_line(error)}") from error
+
+
+def _read_config(path: Path) -> dict:
+    file = path / "config.json"
+    if not file.is_file():
+        raise LoraError(f"{path}: no config.json; this is not a model folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoraError(f"{file}: cannot be read as JSON: {_first_line(error)}") from error
+    if not isinstance(config, dict) or config.get("model_type") != "qwen3_vl":
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise LoraError(f"{file}: model_type is {kind!r}; only dense Qwen3-VL ('qwen3_vl') can be used")
+    if not any(path.glob("*.safetensors")):
+        raise LoraError(f"{path}: no *.safetensors weights beside config.json")
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# -- examples to tokens -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Encoded:
+    """One example as the model sees it. ``completion_mask`` marks the tokens that the loss counts."""
+
+    input_ids: np.ndarray  # int32 [L]
+    completion_mask: np.ndarray  # bool [L]: response and end of turn
+    pixel_values: np.ndarray | None  # float32 [patches, 3 * 2 * patch * patch]
+    image_grid_thw: np.ndarray | None  # int32 [images, 3], in patches
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def encode(base: Base, prompt: str, photos: list, response: str | None = None) -> Encoded:
+    """Turn photographs (PIL, RGB) and the full prompt text into tokens, exactly as the service sends them.
+
+    One user message: the images, then the text, through the chat template with the generation prompt. With a
+    ``response`` its tokens and the end of turn follow; the response is tokenized on its own, because that is where
+    generation starts. Raises `LoraError` if the response holds an image placeholder.
+    """
+    text = apply_chat_template(base.processor, base.config, prompt, num_images=len(photos))
+    inputs = process_inputs(base.processor, [text], images=list(photos) or None, return_tensors="np")
+    ids = np.asarray(inputs["input_ids"]).reshape(-1).astype(np.int32)
+    mask = np.zeros(len(ids), dtype=bool)
+    if response is not None:
+        answer = response_ids(base, response)
+        ids = np.concatenate([ids, answer])
+        mask = np.concatenate([mask, np.ones(len(answer), dtype=bool)])
+    if not photos:
+        return Encoded(ids, mask, None, None)
+    pixels = np.asarray(inputs["pixel_values"], dtype=np.float32)
+    return Encoded(ids, mask, pixels, np.asarray(inputs["image_grid_thw"]).astype(np.int32))
+
+
+def response_ids(base: Base, response: str) -> np.ndarray:
+    """Return the supervised tokens, int32: the response and the end of turn."""
+    tokenizer = base.processor.tokenizer
+    ids = tokenizer.encode(response, add_special_tokens=False)
+    if base.model.config.image_token_id in ids or base.model.config.video_token_id in ids:
+        raise LoraError(f"the response holds an image placeholder token: {response[:60]!r}")
+    return np.array([*ids, tokenizer.convert_tokens_to_ids(END_OF_TURN)], dtype=np.int32)
+
+
+# -- what the frozen base makes constant ------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One training row: tokens, and what the frozen vision tower says of its photographs, computed once.
+
+    mlx-vlm recomputes the tower every step, and its `cached_image_features` path drops the deepstack features;
+    both are kept here.
+    """
+
+    input_ids: np.ndarray  # int32 [L]
+    completion_mask: np.ndarray  # bool [L]
+    position_ids: np.ndarray  # int32 [3, L]: time, height, width of interleaved M-RoPE
+    visual: np.ndarray  # int32 [N]: positions of the image tokens
+    features: mx.array | None  # [N, D] in the dtype of the tower, or None without images
+    deepstack: mx.array | None  # [K, N, D]: added to the hidden states after the first K layers
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens that the loss counts."""
+        return int(self.completion_mask[1:].sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of features that the row keeps alive."""
+        return sum(a.nbytes for a in (self.features, self.deepstack) if a is not None)
+
+
+def prepare_row(base: Base, encoded: Encoded) -> Row:
+    """Compute the vision features (deepstack included) and the position ids of one encoded example."""
+    config = base.model.config
+    ids = mx.array(encoded.input_ids)[None]
+    visual = np.flatnonzero(encoded.input_ids == config.image_token_id).astype(np.int32)
+    features = deepstack = grid = None
+    if encoded.pixel_values is not None:
+        grid = mx.array(encoded.image_grid_thw)
+        tower = base.model.vision_tower
+        pixels = mx.array(encoded.pixel_values).astype(tower.patch_embed.proj.weight.dtype)
+        features, levels = tower(pixels, grid)
+        deepstack = mx.stack(levels) if levels else None
+        mx.eval(features, deepstack)
+        if len(features) != len(visual):
+            raise ValueError(f"{len(visual)} image tokens for {len(features)} image features")
+    positions, _ = base.model.language_model.get_rope_index(ids, grid)
+    positions = np.array(positions).reshape(-1, len(encoded.input_ids))
+    positions = np.broadcast_to(positions, (3, len(encoded.input_ids))).astype(np.int32)
+    return Row(encoded.input_ids, encoded.completion_mask, positions, visual, features, deepstack)
+
+
+def image_tokens(base: Base, size: tuple[int, int]) -> int:
+    """Return how many tokens a photograph of ``size`` (width, height) takes, without touching pixels."""
+    return int(base.processor.image_processor.num_image_tokens(size[1], size[0]))
+
+
+# -- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+class Adapter:
+    """The LoRA modules attached to one model, and the base modules they wrap."""
+
+    def __init__(self, rank: int, alpha: float, dropout: float, modules: dict[str, LoRALinear]):
+        self.rank, self.alpha, self.dropout, self.modules = rank, alpha, dropout, modules
+        self.on = True
+
+    @property
+    def scale(self) -> float:
+        """What the update A B is multiplied with: alpha / rank."""
+        return self.alpha / self.rank
+
+
+def attach_lora(
+    base: Base,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: tuple[str, ...] = TARGET_MODULES,
+    seed: int = 0,
+) -> list[str]:
+    """Wrap ``target_modules`` of every decoder layer in mlx-vlm's LoRALinear; return the full module names.
+
+    A is uniform in +-1/sqrt(inputs) from ``seed`` (PEFT's and mlx-vlm's initialisation), B is zero, so the adapter
+    starts as a no-op. Both are float32 whatever the base is: updates of 2e-4 would be lost in bfloat16.
+    """
+    unknown = [name for name in target_modules if name not in TARGET_MODULES]
+    if unknown or not target_modules:
+        raise LoraError(f"target modules {', '.join(unknown) or '(none)'}: choose from {', '.join(TARGET_MODULES)}")
+    if adapter_of(base.model) is not None:
+        raise ValueError("the model already has an adapter; load the base again")
+    modules = {}
+    keys = mx.random.split(mx.random.key(seed), len(base.model.layers) * len(target_modules))
+    for i, layer in enumerate(base.model.layers):
+        for name in target_modules:
+            linear = _child(layer, name)
+            module = LoRALinear.from_base(linear, r=rank, dropout=dropout, scale=alpha / rank)
+            bound = linear_input(linear) ** -0.5
+            module.lora_a = mx.random.uniform(-bound, bound, module.lora_a.shape, key=keys[len(modules)])
+            modules[f"{LAYERS}.{i}.{name}"] = module
+    base.model.freeze()
+    for module in modules.values():
+        module.linear.freeze()
+        module.train(False)
+    # An object, not a dict: nn.Module would count a dict of modules as children.
+    object.__setattr__(base.model, "_adapter", Adapter(rank, alpha, dropout, modules))
+    _place(base.model, modules)
+    mx.eval(base.model.trainable_parameters())
+    return list(modules)
+
+
+def adapter_of(model: nn.Module) -> Adapter | None:
+    """Return the adapter that `attach_lora` put on the model, if any."""
+    return getattr(model, "_adapter", None)
+
+
+def lora_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Return {"language_model.model.layers.0.self_attn.q_proj.lora_a": float32 [in, r], ... "lora_b": [r, out]}."""
+    modules = adapter_of(model).modules
+    return {f"{name}.{part}": module[part] for name, module in modules.items() for part in ("lora_a", "lora_b")}
+
+
+def update_lora(model: nn.Module, parameters: dict[str, mx.array]) -> None:
+    """Put new values (names as in `lora_parameters`) in place; raises KeyError or ValueError on a mismatch."""
+    modules = adapter_of(model).modules
+    for full, value in parameters.items():
+        name, part = full.rsplit(".", 1)
+        if part not in ("lora_a", "lora_b"):
+            raise KeyError(full)
+        if modules[name][part].shape != value.shape:
+            raise ValueError(f"{full}: shape {value.shape} instead of {modules[name][part].shape}")
+        modules[name][part] = value
+
+
+def set_adapter(model: nn.Module, on: bool) -> None:
+    """Switch between the base and base + adapter, over one base in memory."""
+    adapter = adapter_of(model)
+    if adapter.on != on:
+        adapter.on = on
+        _place(model, {name: m if on else m.linear for name, m in adapter.modules.items()})
+
+
+def linear_input(linear: nn.Module) -> int:
+    """Return the input width of a plain or quantized linear layer."""
+    width = linear.weight.shape[1]
+    return width * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else width
+
+
+def _child(module: nn.Module, name: str) -> nn.Module:
+    for part in name.split("."):
+        module = module[part]
+    return module
+
+
+def _place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    model.update_modules(tree_unflatten(list(modules.items())))
+
+
+# -- the decoder as plain arrays --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a quantized matrix is stored; see `mx.quantize`."""
+
+    group_size: int
+    bits: int
+    mode: str
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """All of a decoder layer that is not an array. Equal specs share compiled functions."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    packing: tuple[tuple[str, Packing | None], ...]  # per projection
+    grouped: tuple[tuple[str, tuple[Packing | None, ...]], ...]  # per group: of each matrix that it is stored as
+    widths: tuple[tuple[str, tuple[int, int]], ...]  # per projection: inputs, outputs
+    lora: tuple[str, ...]  # the projections that have an adapter
+    rank: int
+    lora_scale: float
+    dropout: float
+
+
+@dataclass
+class Decoder:
+    """The language model as arrays: per layer a spec, frozen arrays and (a, b) of each adapted projection."""
+
+    specs: list[LayerSpec]
+    frozen: list[dict]  # {"input_norm": [D], ..., "q": (weight,) or (weight, scales, biases), ...}
+    grouped: list[dict]  # {"input_norm": [D], ..., "qkv": [matrices stored like "q", to be stacked], ...}
+    lora: list[dict]  # {"q": (lora_a [in, r], lora_b [r, out]), ...}
+    names: list[dict]  # {"q": full module name, ...} of the adapted projections
+    norm: mx.array  # [D]
+    eps: float
+    head: tuple  # the output head, [V, D], as a projection is stored
+    head_packing: Packing | None
+    embed: nn.Module  # token ids -> [..., D]
+    rotary: nn.Module  # (x, position ids [3, B, L]) -> cos, sin [B, L, head_dim] in x's dtype
+
+
+_SHORT = {name: name.split(".")[1].removesuffix("_proj") for name in TARGET_MODULES}
+
+
+def decoder(model: nn.Module) -> Decoder:
+    """Return the language model's arrays as they stand now: with the adapter if it is on, else the base's alone."""
+    adapter = adapter_of(model)
+    text = model.language_model.model
+    specs, frozen, grouped, lora, names = [], [], [], [], []
+    for i, (layer, groups) in enumerate(zip(text.layers, group_weights(model), strict=True)):
+        attention = layer.self_attn
+        arrays = {
+            "input_norm": layer.input_layernorm.weight,
+            "post_norm": layer.post_attention_layernorm.weight,
+            "q_norm": attention.q_norm.weight,
+            "k_norm": attention.k_norm.weight,
+        }
+        packing, widths, pairs, full = [], [], {}, {}
+        for name, short in _SHORT.items():
+            module = _child(layer, name)
+            if isinstance(module, LoRALinear):
+                pairs[short] = (module.lora_a, module.lora_b)
+                full[short] = f"{LAYERS}.{i}.{name}"
+                module = module.linear
+            arrays[short], how = _matrix(module)
+            packing.append((short, how))
+            widths.append((short, (linear_input(module), module.weight.shape[0])))
+        specs.append(
+            LayerSpec(
+                attention.n_heads,
+                attention.n_kv_heads,
+                attention.head_dim,
+                text.args.rms_norm_eps,
+                tuple(packing),
+                tuple((group, tuple(how for _, how in stored)) for group, stored in groups.items()),
+                tuple(widths),
+                tuple(pairs),
+                adapter.rank if pairs else 0,
+                adapter.scale if pairs else 0.0,
+                adapter.dropout if pairs else 0.0,
+            )
+        )
+        frozen.append(arrays)
+        norms = {name: array for name, array in arrays.items() if name.endswith("norm")}
+        grouped.append({**norms, **{group: [parts for parts, _ in stored] for group, stored in groups.items()}})
+        lora.append(pairs)
+        names.append(full)
+    tied = model.language_model.args.tie_word_embeddings
+    head, head_packing = _matrix(text.embed_tokens if tied else model.language_model.lm_head)
+    rotary = text.layers[0].self_attn.rotary_emb
+    return Decoder(
+        specs, frozen, grouped, lora, names, text.norm.weight, text.args.rms_norm_eps, head, head_packing,
+        text.embed_tokens, rotary,
+    )  # fmt: skip
+
+
+def group_weights(model: nn.Module) -> list[dict]:
+    """Store the matrices of each group in `GROUPS` one below the other; return them, by layer and group.
+
+    The modules' own weights become views of the stacked ones, so that nothing is held twice and the plain model works
+    as before. Projections quantized in different ways stay apart. Done once; again if a module's weight was replaced.
+    """
+    found = getattr(model, "_groups", None) or [{} for _ in model.layers]
+    for layer, groups in zip(model.layers, found, strict=True):
+        for group, names in GROUPS.items():
+            modules = [_bare(_child(layer, name)) for name, short in _SHORT.items() if short in names]
+            stored = [_matrix(module) for module in modules]
+            held = groups.get(group)
+            if held is None or any(m.weight is not view for m, view in zip(modules, held[1], strict=True)):
+                if len({how for _, how in stored}) == 1 and len(stored) > 1:
+                    stored = [(_stack(modules), stored[0][1])]
+                groups[group] = stored, [module.weight for module in modules]
+    object.__setattr__(model, "_groups", found)
+    return [{group: stored for group, (stored, _) in groups.items()} for groups in found]
+
+
+def _stack(modules: list[nn.Module]) -> tuple:
+    stacked = []
+    for key in ("weight", "scales", "biases"):
+        parts = [module[key] for module in modules if module.get(key) is not None]
+        if parts:
+            whole, ends = mx.concatenate(parts), np.cumsum([len(part) for part in parts]).tolist()
+            mx.eval(whole)  # before the views, or each of them would compute it for itself
+            views = [whole[end - len(part) : end] for part, end in zip(parts, ends, strict=True)]
+            mx.eval(views)
+            for module, view in zip(modules, views, strict=True):
+                module[key] = view
+            stacked.append(whole)
+    return tuple(stacked)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    return module.linear if isinstance(module, LoRALinear) else module
+
+
+def _matrix(module: nn.Module) -> tuple[tuple, Packing | None]:
+    if "bias" in module:
+        raise ValueError("a decoder projection with a bias: not a Qwen3-VL")
+    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        biases = module.get("biases")
+        parts = (module.weight, module.scales) if biases is None else (module.weight, module.scales, biases)
+        return parts, Packing(module.group_size, module.bits, module.mode)
+    return (module.weight,), None
+
+
+# -- several adapters over one base, and mlx-vlm's own generation -----------------------------------------------------
+
+
+def build_adapter(base: Base, tensors: dict[str, mx.array], rank: int, alpha: float) -> Adapter:
+    """Make the LoRA modules of a trained adapter without placing them; any number may exist over one base.
+
+    ``tensors`` hold lora_a [in, r] and lora_b [r, out] by MLX name. Raises
+    `LoraError` naming every module that the base lacks, whose shape differs or whose values are no numbers.
+    """
+    plain = {name: m for name, m in _plain_modules(base.model).items() if f"{name}.lora_a" in tensors}
+    names = {name.rpartition(".")[0] for name in tensors}
+    problems = [f"{name}: the base has no such module" for name in sorted(names - plain.keys())]
+    modules = {}
+    for name, linear in plain.items():
+        module = LoRALinear.from_base(linear, r=rank, dropout=0.0, scale=alpha / rank)
+        for part in ("lora_a", "lora_b"):
+            found, wanted = tensors[f"{name}.{part}"], module[part].shape
+            if found.shape != wanted:
+                problems.append(f"{name}.{part}: shape {found.shape}, the base needs {wanted}")
+            if not mx.isfinite(found).all():
+                problems.append(f"{name}.{part}: holds NaN or infinite values; the training run went wrong")
+            # a transposed view of contiguous rows: the same numbers, a matrix-vector product twice as fast on CUDA
+            module[part] = mx.contiguous(found.T).T
+        module.freeze()
+        module.train(False)
+        modules[name] = module
+    refuse(problems)
+    mx.eval([[m.lora_a, m.lora_b] for m in modules.values()])
+    return Adapter(rank, alpha, 0.0, modules)
+
+
+def use_adapter(base: Base, adapter: Adapter | None) -> None:
+    """Put ``adapter`` in place of whichever adapter is on; None: the base alone. Nothing is copied."""
+    current = adapter_of(base.model)
+    if current is not None:
+        set_adapter(base.model, False)
+    object.__setattr__(base.model, "_adapter", adapter)
+    if adapter is not None:
+        adapter.on = False
+        set_adapter(base.model, True)
+
+
+def _plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the projections that LoRA can wrap, by full name, without the LoRA that may be around them."""
+    found = {}
+    for i, layer in enumerate(model.layers):
+        for name in TARGET_MODULES:
+            module = _child(layer, name)
+            found[f"{LAYERS}.{i}.{name}"] = module.linear if isinstance(module, LoRALinear) else module
+    return found
+
+
+def stop_tokens(base: Base) -> frozenset[int]:
+    """Return the token ids that end a turn, as mlx-vlm's generation takes them."""
+    return frozenset(base.processor.tokenizer.stopping_criteria.eos_token_ids)
+
+
+def stream(base: Base, prompt: str, photos: list, max_tokens: int) -> Iterator[int]:
+    """Yield greedy token ids one by one through mlx-vlm's own generation, as the service does; the end of turn is not
+    yielded. Preparing the photograph is part of it."""
+    text = apply_chat_template(base.processor, base.config, prompt, num_images=len(photos))
+    results = stream_generate(
+        base.model, base.processor, text, image=list(photos) or None, max_tokens=max_tokens, temperature=0.0
+    )
+    for result in results:
+        if result.finish_reason is None and result.token is not None:
+            yield int(result.token)

@@ -1,0 +1,245 @@
+"""Planted outputs through the recorded source: the figures, gates and page must be exactly what was planted."""
+
+import copy
+import html.parser
+import json
+import re
+from base64 import b64encode
+from hashlib import sha256
+
+import pytest
+
+from common.analysis import compact_json
+from common.evaluation.comparison import recomputed
+from common.evaluation.gates import from_dicts
+from common.evaluation.metrics import KINDS
+from common.files import read_json, write_jsonl
+from tests.evaluation_case import evaluate, make_adapter, make_data, read_jsonl
+
+PHOTOS = 20
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;"
+
+
+@pytest.fixture(scope="module")
+def case(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    data = make_data(folder, PHOTOS)
+    return folder, make_adapter(folder / "models" / "qwen3-vl-4b-lora-ansel", tiny_base, data), read_jsonl(data[1])
+
+
+def planted(rows: list[dict]) -> list[dict]:
+    """Base: 6 of 20 broken, one way each, scores 2 off. Candidate: 1 broken, scores 1 off; loss 0.25 nats lower."""
+    found = [{"kind": "arm", "arm": "candidate", "load_seconds": 0.5}]
+    for arm, off, loss in (("base", 2, 1.25), ("candidate", 1, 1.0)):
+        for at, row in enumerate(rows):
+            analysis = json.loads(row["response"])
+            for dimension in analysis["dimensions"]:
+                dimension["score"] += off if dimension["score"] + off <= 10 else -off
+            analysis["overall_score"] = round(
+                analysis["overall_score"] + (off if analysis["overall_score"] < 7 else -off), 1
+            )
+            text, finish = compact_json(analysis), "stop"
+            if arm == "base":
+                text, finish = {
+                    0: (f"```json\n{text}\n```", "stop"),
+                    1: (f"Gladly! {text}", "stop"),
+                    2: (text[:300], "length"),
+                    3: (text[:100] + "again " * 200, "loop"),
+                    4: (text.replace("Lighting", "Light"), "stop"),
+                    5: (text[:-1], "stop"),
+                }.get(at, (text, finish))
+            elif at == 7:
+                text = compact_json(analysis | {"mood": HOSTILE, "image_description": HOSTILE})
+            found.append(
+                {"kind": "output", "arm": arm, "example": at, "text": text, "finish": finish, "tokens": 400 + at}
+            )
+            found.append({"kind": "loss", "arm": arm, "example": row["job_id"], "sum": loss * 400, "tokens": 400})
+            if at < 8:
+                seconds = {"base": 2.0, "candidate": 2.16}[arm]
+                times = {
+                    "seconds": seconds,
+                    "first_token_seconds": seconds / 4,
+                    "tokens": 401,
+                    "peak_bytes": 5_000_000_000,
+                }
+                found.append({"kind": "timing", "arm": arm, "example": at, **times})
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(case):
+    folder, adapter, rows = case
+    write_jsonl(folder / "outputs.jsonl", planted(rows))
+    result = evaluate(
+        "--lora_path", adapter, "--from_outputs", folder / "outputs.jsonl", "--output_report", folder / "out" / "report"
+    )
+    return result, read_json(folder / "out" / "report.json"), (folder / "out" / "report.html").read_text("utf-8")
+
+
+def test_format_figures_are_exactly_the_planted_ones(report):
+    base, candidate = (report[1]["summary"]["arms"][arm] for arm in ("base", "candidate"))
+    assert base["format.strict"]["value"] == 14 / 20
+    assert candidate["format.strict"]["value"] == 19 / 20
+    # rescued: fence, prose and the renamed dimension, but not what is cut or loops
+    assert base["format.lenient"]["value"] == 17 / 20
+    failures = {name.partition(":")[2]: figure["value"] for name, figure in base.items() if name.startswith("failure:")}
+    planted_once = {"code_fence", "prose", "truncated", "repetition_loop", "wrong_dimensions", "broken_json"}
+    assert {name for name, value in failures.items() if value} == planted_once
+    assert all(failures[name] == 1 / 20 for name in planted_once)
+    assert candidate["failure:wrong_schema"]["value"] == 1 / 20
+
+
+def test_score_and_loss_figures_are_exactly_the_planted_ones(report):
+    base, candidate = (report[1]["summary"]["arms"][arm] for arm in ("base", "candidate"))
+    assert candidate["scores.mae"]["value"] == candidate["mae:Composition"]["value"] == 1
+    assert candidate["overall.mae"]["value"] == pytest.approx(1)
+    assert base["scores.mae"]["value"] == 2
+    assert base["scores.mae"]["n"] == 17
+    assert (base["loss.nats"]["value"], candidate["loss.nats"]["value"]) == (1.25, 1.0)
+    assert candidate["loss.perplexity"]["value"] == pytest.approx(2.718281828)
+    difference = report[1]["summary"]["differences"]["candidate-base"]["loss.nats"]
+    assert (difference["value"], difference["low"], difference["high"]) == (-0.25, -0.25, -0.25)
+    assert candidate["length.tokens"]["value"] == pytest.approx(409.5)
+
+
+def test_speed_figures_are_exactly_the_planted_ones(report):
+    arms = report[1]["summary"]["arms"]
+    assert (arms["base"]["speed.seconds"]["value"], arms["candidate"]["speed.seconds"]["value"]) == (2.0, 2.16)
+    assert arms["candidate"]["speed.overhead"]["value"] == pytest.approx(0.08)
+    assert arms["candidate"]["speed.tokens_per_second"]["value"] == pytest.approx(400 / 1.62)
+    assert arms["candidate"]["speed.load_seconds"]["value"] == 0.5
+    assert report[1]["summary"]["ratios"]["candidate/base"]["speed.seconds"]["value"] == pytest.approx(1.08)
+
+
+def test_gates_exit_code_and_reasons(report):
+    result, content, _ = report
+    assert result.exit_code == 1
+    verdicts = {row["name"]: row["verdict"] for row in content["gates"]}
+    assert verdicts.pop("base_format") == "fail"
+    assert set(verdicts.values()) == {"pass", "not applicable"}
+    reasons = [line for line in result.stderr.splitlines() if line.startswith("Gate failed")]
+    assert reasons == ["Gate failed: Base format compliance: fail; base: 70.0%, wanted >= 90.0%"]
+    assert content["verdict"]["comparisons"][0]["finding"] == "better"
+
+
+def test_exit_code_is_0_when_every_gate_passes(case):
+    folder, adapter, rows = case
+    gates = folder / "gates.toml"
+    gates.write_text("[base_format]\nat_least = 0.7\n")
+    write_jsonl(folder / "outputs.jsonl", planted(rows))
+    arguments = ("--from_outputs", folder / "outputs.jsonl", "--output_report", folder / "passed" / "report.json")
+    result = evaluate("--lora_path", adapter, *arguments, "--gates", gates)
+    assert result.exit_code == 0, result.output
+    assert "All gates pass." in result.stdout
+    assert "May ship" in (folder / "passed" / "report.html").read_text("utf-8")
+
+
+def test_every_figure_can_be_computed_again_from_the_file(report):
+    content = copy.deepcopy(report[1])
+    wanted = {name: content.pop(name) for name in ("summary", "gates", "verdict")}
+    for example in content["examples"]:
+        for key in ("reference", "reference_measures"):
+            del example[key]
+        for outputs in example["outputs"].values():
+            for output in outputs:
+                del output["verdict"], output["measures"]
+    again = recomputed(content, from_dicts(wanted["gates"]))
+    assert {name: json.loads(json.dumps(again[name])) for name in wanted} == wanted
+
+
+def test_same_text_for_every_photograph_is_visible(case):
+    folder, adapter, rows = case
+    texts = {"base": [row["response"] for row in rows], "candidate": [rows[0]["response"]] * len(rows)}
+    stuck = [
+        {"kind": "output", "arm": arm, "example": at, "text": text, "finish": "stop"}
+        for arm, found in texts.items()
+        for at, text in enumerate(found)
+    ]
+    write_jsonl(folder / "stuck.jsonl", stuck)
+    evaluate("--lora_path", adapter, "--from_outputs", folder / "stuck.jsonl", "--output_report", folder / "stuck")
+    arms = read_json(folder / "stuck.json")["summary"]["arms"]
+    assert arms["candidate"]["distinct.texts"]["value"] == 1 / PHOTOS
+    assert arms["candidate"]["distinct.similarity"]["value"] == 1
+    assert arms["candidate"]["overall.rank"]["value"] is None
+    assert arms["base"]["distinct.texts"]["value"] == 1
+    assert arms["base"]["overall.rank"]["value"] == pytest.approx(1)
+    # what was not given is not measured, and fails
+    verdicts = {row["name"]: row["verdict"] for row in read_json(folder / "stuck.json")["gates"]}
+    assert verdicts["inference_time"] == verdicts["overhead"] == verdicts["base_loss"] == "not measured"
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a browser would load or run."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.addresses, self.handlers, self.scripts, self.inside = [], [], [], [], False
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.inside = tag == "script"
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "action", "data")]
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
+
+    def handle_data(self, data):
+        if self.inside:
+            self.scripts.append(data)
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+
+def test_page_is_self_contained_and_escapes_model_output(report):
+    text = report[2]
+    page = Page()
+    page.feed(text)
+    assert page.tags.count("script") == 1
+    assert page.handlers == []
+    assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
+    assert page.tags.count("img") == PHOTOS
+    digest = b64encode(sha256(page.scripts[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "url(" not in text and "@import" not in text
+
+
+def test_page_says_the_verdict_first_and_shows_every_gate_and_photograph(report):
+    text = re.sub(r"<style>.*?</style>", "", report[2], flags=re.S)
+    assert (
+        text.index("Must not ship")
+        < text.index("<h2>Gates")
+        < text.index("<h2>Figures")
+        < text.index("<h2>Photographs")
+    )
+    for row in report[1]["gates"]:
+        assert row["title"].replace("'", "&#39;") in text
+    assert text.count('<article class="card"') == PHOTOS
+    worst = re.search(r'data-index="(\d+)"', text)
+    assert worst[1] == "7"  # the candidate's one broken output
+
+
+def test_recorded_outputs_with_mistakes_are_named_by_line(case):
+    folder, adapter, _ = case
+    lines = [
+        {"kind": "output", "arm": "base", "example": 0, "text": 5, "finish": "stop"},
+        {"kind": "output", "arm": "base", "example": 0, "text": "x", "finish": "end"},
+        {"kind": "loss", "arm": "base", "example": 0, "sum": "low", "tokens": 4},
+        {"kind": "odd"},
+        {"kind": "timing", "arm": "base"},
+    ]
+    write_jsonl(folder / "wrong.jsonl", lines)
+    result = evaluate(
+        "--lora_path", adapter, "--from_outputs", folder / "wrong.jsonl", "--output_report", folder / "no"
+    )
+    assert result.exit_code == 1
+    assert [f"wrong.jsonl:{line}:" in result.stderr for line in range(1, 6)] == [True] * 5
+    assert not (folder / "no.json").exists()
+
+
+def test_every_figure_has_a_meaning(report):
+    from common.evaluation.metrics import kind
+
+    for figures in report[1]["summary"]["arms"].values():
+        assert all(kind(name).label for name in figures)
+    shown = set(report[1]["summary"]["arms"]["candidate"])
+    assert KINDS.keys() - shown == set()

@@ -1,0 +1,412 @@
+"""`lora_patch.py install`: on the stand-in, on other services of the family, on files of other habits; refusals."""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from integration.lora_patch import service as lora_patch
+from tests.standin.running import PATCH, ROOT, STANDIN, VARIANTS
+
+SERVICES = [STANDIN, *VARIANTS]
+TEXT = STANDIN.read_text()
+
+
+def patch_command(*arguments) -> subprocess.CompletedProcess:
+    """Run the command in this process: what it prints, and its exit code."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            lora_patch.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+            if isinstance(code, str):  # what Python prints of it, and makes of it
+                print(code, file=err)
+                code = 1
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def installed(tmp_path: Path, content: str | bytes, name: str = "ai_advisor_service.py") -> tuple[Path, str]:
+    """Install into a service of this content; returns (file, what was printed)."""
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    done = patch_command("install", "--service", file)
+    assert done.returncode == 0, done.stderr
+    return file, done.stdout
+
+
+def refused(tmp_path: Path, content: str | bytes) -> str:
+    """Return what is said on refusing a service of this content, which must be left alone."""
+    file = tmp_path / "ai_advisor_service.py"
+    content = content if isinstance(content, bytes) else content.encode()
+    file.write_bytes(content)
+    done = patch_command("install", "--service", file)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
+    assert file.read_bytes() == content and os.listdir(tmp_path) == [file.name]
+    checked = patch_command("install", "--service", file, "--check")
+    assert checked.returncode == 1 and checked.stderr == done.stderr
+    return done.stderr
+
+
+def changed(old: str, new: str, count: int = 1) -> str:
+    assert TEXT.count(old) == count, old
+    return TEXT.replace(old, new)
+
+
+def test_the_diff_that_the_guide_shows_is_what_install_does(tmp_path):
+    file, said = installed(tmp_path, TEXT)
+    diff = (ROOT / "integration" / "service.diff").read_text()
+    assert said.endswith(diff) and said.startswith(f"{file}: 6 lines inserted")
+    applied = tmp_path / "by_hand" / "ai_advisor_service.py"
+    applied.parent.mkdir()
+    shutil.copy(STANDIN, applied)
+    subprocess.run(["git", "apply", "-p1", str(ROOT / "integration" / "service.diff")], cwd=applied.parent, check=True)
+    assert applied.read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("source", SERVICES, ids=lambda path: path.stem)
+def test_install_twice_check_and_uninstall(source, tmp_path):
+    file = tmp_path / source.name
+    shutil.copy(source, file)
+    file.chmod(0o750)
+    before = file.read_bytes()
+
+    checked = patch_command("install", "--service", file, "--check")
+    assert checked.returncode == 0 and "not installed;" in checked.stdout and os.listdir(tmp_path) == [file.name]
+    assert patch_command("install", "--service", file).returncode == 0
+    after = file.read_bytes()
+    assert after != before and file.stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "lora_patch.py").read_bytes() == PATCH.read_bytes()
+    assert file.with_name(file.name + ".before_lora").read_bytes() == before
+    compile(after, file.name, "exec")
+
+    for arguments in ([], ["--check"]):
+        again = patch_command("install", "--service", file, *arguments)
+        assert again.returncode == 0 and "installed already, nothing to do" in again.stdout
+        assert file.read_bytes() == after
+
+    out = patch_command("install", "--service", file, "--uninstall", "--check")
+    assert out.returncode == 0 and file.read_bytes() == after
+    out = patch_command("install", "--service", file, "--uninstall")
+    assert out.returncode == 0 and "byte for byte as it was" in out.stdout
+    assert file.read_bytes() == before and os.listdir(tmp_path) == [file.name]
+    again = patch_command("install", "--service", file, "--uninstall")
+    assert again.returncode == 0 and "not installed, nothing to do" in again.stdout
+
+
+def tabs(text: str) -> str:
+    return re.sub(r"^( {4})+", lambda spaces: "\t" * (len(spaces[0]) // 4), text, flags=re.M)
+
+
+HABITS = {
+    "CRLF": TEXT.replace("\n", "\r\n").encode(),
+    "tabs": tabs(TEXT).encode(),
+    "a byte order mark": b"\xef\xbb\xbf" + TEXT.encode(),
+    "Latin-1": ("# -*- coding: latin-1 -*-\n" + TEXT.replace("Upload", "Höchstmaß")).encode("latin-1"),
+    "no line end at the end": TEXT.rstrip().encode(),
+    "text beyond ASCII": TEXT.replace('"Analysis failed"', '"Analyse 失敗 📷 misslungen"').encode(),
+    "form feeds": TEXT.replace("\n\n\n", "\n\x0c\n\n").encode(),
+}
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_habits_of_files_are_kept(habit, tmp_path):
+    before = HABITS[habit]
+    file, _ = installed(tmp_path, before)
+    after = file.read_bytes()
+    compile(after, file.name, "exec")
+    assert after.count(b"lora_patch") - before.count(b"lora_patch") == 6
+    if habit == "CRLF":
+        assert after.count(b"\n") == after.count(b"\r\n")
+    if habit == "tabs":
+        assert not re.search(rb"^ +lora_patch", after, re.M)
+    # apart from the one call that is wrapped, lines are only added
+    others = [
+        [line for line in side.splitlines() if not re.search(rb"lora_patch|mlx_vlm.generate\(", line)]
+        for side in (before, after)
+    ]
+    assert others[0] == others[1]
+    assert patch_command("install", "--service", file, "--uninstall").returncode == 0
+    assert file.read_bytes() == before
+
+
+def test_only_the_standard_library_is_needed(tmp_path):
+    file = tmp_path / "ai_advisor_service.py"
+    shutil.copy(STANDIN, file)
+    command = [sys.executable, "-I", "-S", str(PATCH), "install", "--service", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_module_uses_nothing_of_this_repository():
+    imports = set(re.findall(r"^\s*(?:from|import) ([\w.]+)", PATCH.read_text(), re.M))
+    outside = {name.split(".")[0] for name in imports} - set(sys.stdlib_module_names)
+    assert outside == {"PIL", "huggingface_hub", "mlx", "numpy"}  # all brought by mlx-vlm
+
+
+def test_a_link_to_the_service_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    real = tmp_path / "real" / "ai_advisor_service.py"
+    shutil.copy(STANDIN, real)
+    link = tmp_path / "service.py"
+    link.symlink_to(real)
+    assert patch_command("install", "--service", link).returncode == 0
+    assert link.is_symlink() and b"lora_patch" in real.read_bytes() and (real.parent / "lora_patch.py").is_file()
+
+
+def test_changes_made_since_survive_an_uninstall(tmp_path):
+    file, _ = installed(tmp_path, TEXT)
+    text = file.read_text().replace('"status": "UP"', '"status": "FINE"').replace("timeout=30", "timeout=60")
+    file.write_text(text)
+    done = patch_command("install", "--service", file, "--uninstall")
+    assert done.returncode == 0 and "your later changes kept" in done.stdout
+    assert file.read_text() == TEXT.replace('"status": "UP"', '"status": "FINE"').replace("timeout=30", "timeout=60")
+
+
+def test_an_older_module_beside_the_service_is_brought_up_to_date(tmp_path):
+    file, _ = installed(tmp_path, TEXT)
+    (tmp_path / "lora_patch.py").write_text("# an older one\n")
+    done = patch_command("install", "--service", file)
+    assert done.returncode == 0 and "brought up to date" in done.stdout
+    assert (tmp_path / "lora_patch.py").read_bytes() == PATCH.read_bytes()
+
+
+def test_a_service_in_a_package_finds_the_module_either_way(tmp_path):
+    package = tmp_path / "mondrian"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    file, _ = installed(package, TEXT)
+    assert "    from mondrian import lora_patch\n" in file.read_text()
+    (tmp_path / "quick" / "mlx_vlm").mkdir(parents=True)  # --help needs no model: nothing to wait seconds for
+    (tmp_path / "quick" / "mlx_vlm" / "__init__.py").write_text("")
+    (tmp_path / "quick" / "mlx_vlm" / "prompt_utils.py").write_text("apply_chat_template = None\n")
+    quick = {**os.environ, "PYTHONPATH": str(tmp_path / "quick")}
+    for command in (["-m", "mondrian.ai_advisor_service"], ["mondrian/ai_advisor_service.py"]):
+        command = [sys.executable, *command, "--help"]
+        done = subprocess.run(command, cwd=tmp_path, env=quick, capture_output=True, text=True)
+        assert done.returncode == 0 and "--lora_path" in done.stdout, done.stderr
+    assert patch_command("install", "--service", file, "--uninstall").returncode == 0
+    assert file.read_text() == TEXT
+
+
+# shapes that other services of the family may have; each must lead to the line (or refusal) beside it
+SHAPES = {
+    "job id made in the view": (
+        changed('request.form.get("job_id") or str(uuid.uuid4())', "uuid.uuid4().hex"),
+        "lora_patch.choose(job_id=job_id, advisor=advisor)",
+    ),
+    "other names": (
+        TEXT.replace("job_id", "analysis_key")
+        .replace('request.form.get("analysis_key")', 'request.form.get("job-id")')
+        .replace('advisor = request.form.get("advisor", "ansel")', 'voice = request.form.get("advisor", "ansel")')
+        .replace("advisor not in", "voice not in"),
+        "lora_patch.choose(job_id=analysis_key, advisor=voice)",
+    ),
+    "fields from JSON": (
+        TEXT.replace("request.form.get(", "(request.get_json(silent=True) or request.form).get("),
+        "lora_patch.choose(job_id=job_id, advisor=advisor)",
+    ),
+    "several advisors in a loop": (
+        changed(
+            "        response = run_model_mlx(prompt, image_path=str(image_path))",
+            "        for one in advisor.split(','):\n"
+            "            response = run_model_mlx(prompt, image_path=str(image_path))",
+        ),
+        "            lora_patch.choose(job_id=job_id, advisor=one)\n            response = run_model_mlx",
+    ),
+    "a list of advisors": (
+        changed('advisor = request.form.get("advisor", "ansel")', 'advisors = request.form.getlist("advisors")')
+        .replace("if advisor not in ADVISORS:", "if not advisors:")
+        .replace("    try:\n        rag_context", "    for advisor in advisors:\n        rag_context")
+        .replace(
+            "    except Exception as error:\n        logger.exception",
+            "    if not advisors:\n        error = None\n        logger.error",
+        ),
+        "        lora_patch.choose(job_id=job_id, advisor=advisor)\n        response = run_model_mlx",
+    ),
+    "a row of the advisor": (
+        changed(
+            '    mode = request.form.get("mode", "baseline")\n',
+            '    mode = request.form.get("mode", "baseline")\n    who = advisor\n    advisor_row = {"id": who}\n',
+        )
+        .replace(
+            'advisor = request.form.get("advisor", "ansel")', 'wanted = request.form.get("advisor", "ansel").strip()'
+        )
+        .replace("who = advisor", "advisor = {'id': wanted}")
+        .replace("if advisor not in", "if wanted not in"),
+        "lora_patch.choose(job_id=job_id, advisor=wanted)",
+    ),
+    "no variable of its own": (
+        changed('advisor = request.form.get("advisor", "ansel")', "pass")
+        .replace("advisor not in ADVISORS", 'request.form["advisor"] not in ADVISORS')
+        .replace("advisor=advisor, mode", 'advisor=request.form["advisor"], mode')
+        .replace("build_full_prompt(advisor, rag_context)", 'build_full_prompt(request.form["advisor"], rag_context)'),
+        "    lora_patch.choose(job_id=job_id)\n",
+    ),
+    "a name for the function": (
+        changed("    with _generation_lock:\n", "    ask = mlx_vlm.generate\n    with _generation_lock:\n").replace(
+            "output = mlx_vlm.generate(", "output = ask("
+        ),
+        "output = lora_patch.generation(ask)(",
+    ),
+    "annotated": (
+        changed("model, processor = get_mlx_model()", "model, processor = get_mlx_model(); tokens: int = 5"),
+        None,
+    ),
+    "import of the function": (
+        changed("import mlx_vlm\n", "from mlx_vlm import load as load_model, generate as ask\n")
+        .replace("mlx_vlm.load(", "load_model(")
+        .replace("mlx_vlm.generate(", "ask("),
+        "lora_patch.generation(ask)(",
+    ),
+    "waitress": (
+        changed("    app.run(host", "    from waitress import serve\n    serve(app, host").replace(
+            ", threaded=True)", ")"
+        ),
+        "lora_patch.start(app, get_mlx_model, db_path=DB_PATH)",
+    ),
+    "parse_known_args": (
+        changed("args = parser.parse_args()", "args, unknown = parser.parse_known_args()"),
+        "lora_patch.add_arguments(parser)\nargs, unknown",
+    ),
+    "all in one line": (
+        changed("args = parser.parse_args()", "if True: args = parser.parse_args()"),
+        "if True: args = lora_patch.add_arguments(parser).parse_args()",
+    ),
+    "a loader with a default": (
+        changed("def get_mlx_model():", "def get_mlx_model(reload=False):"),
+        "lora_patch.start(app, get_mlx_model, db_path=DB_PATH)",
+    ),
+    "a route by rule": (
+        changed('@app.route("/analyze", methods=["POST"])\n', "").replace(
+            'if __name__ == "__main__":\n',
+            'app.add_url_rule("/analyze", view_func=analyze)\n\nif __name__ == "__main__":\n',
+        ),
+        "lora_patch.choose(job_id=job_id, advisor=advisor)",
+    ),
+    "a view class": (
+        changed('@app.route("/analyze", methods=["POST"])\ndef analyze():', "def respond():").replace(
+            'if __name__ == "__main__":\n',
+            "class Analyze(MethodView):\n    def post(self):\n        advisor = request.form['advisor']\n"
+            "        return jsonify(run_model_mlx(advisor))\n\n\n"
+            'app.add_url_rule("/analyze", view_func=Analyze.as_view("analyze"))\n\nif __name__ == "__main__":\n',
+        ),
+        "        lora_patch.choose(advisor=advisor)\n        return jsonify(run_model_mlx(advisor))",
+    ),
+    "a decorated function in the view": (
+        changed(
+            "    try:\n        rag_context",
+            "    @stream_with_context\n    def events():\n        yield run_model_mlx(advisor, image_path)\n\n"
+            "    if mode == 'stream':\n        return Response(events())\n    try:\n        rag_context",
+        ),
+        "    lora_patch.choose(job_id=job_id, advisor=advisor)\n    @stream_with_context\n",
+    ),
+    "the server in a thread": (
+        changed(
+            'app.run(host="127.0.0.1", port=PORT, threaded=True)',
+            'server = threading.Thread(target=app.run, kwargs={"port": PORT})\n    server.start()',
+        ),
+        "lora_patch.start(app, get_mlx_model, db_path=DB_PATH)\n    server = threading.Thread(target=app.run",
+    ),
+    "annotated variables": (
+        changed("app = Flask(__name__)", "service: Flask = Flask(__name__)")
+        .replace("@app.", "@service.")
+        .replace("app.run(", "service.run(")
+        .replace("parser = argparse.ArgumentParser(", "cli: argparse.ArgumentParser = argparse.ArgumentParser(")
+        .replace("parser.", "cli."),
+        "lora_patch.start(service, get_mlx_model",
+    ),
+    "a blueprint": (
+        changed('@app.route("/analyze"', '@blueprint.route("/api/analyze"').replace(
+            "app = Flask(__name__)",
+            'from flask import Blueprint\n\nblueprint = Blueprint("api", __name__)\napp = Flask(__name__)',
+        ),
+        "lora_patch.choose(job_id=job_id, advisor=advisor)",
+    ),
+    "generation given to a pool": (
+        changed(
+            "output = mlx_vlm.generate(\n            model,",
+            "output = pool.submit(\n            mlx_vlm.generate, model,",
+        ),
+        "lora_patch.carry(lora_patch.generation(mlx_vlm.generate)), model",
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_shapes_of_the_service(shape, tmp_path):
+    before, expected = SHAPES[shape]
+    file, _ = installed(tmp_path, before)
+    assert expected is None or expected in file.read_text()
+    assert patch_command("install", "--service", file, "--uninstall").returncode == 0
+    assert file.read_text() == before
+
+
+REFUSED = {
+    "a syntax error": (changed("def run_model_mlx(", "def run_model_mlx(("), ":72: not valid Python"),
+    "no parser": (changed("args = parser.parse_args()", "args = options"), "no parser.parse_args() found"),
+    "no loading": (changed("mlx_vlm.load(MLX_MODEL)", "loader()"), "no call of mlx_vlm.load found"),
+    "no generation": (
+        TEXT.replace("mlx_vlm.generate(", "ask(").replace("run_model_mlx", "run_model"),
+        "no call of mlx_vlm.generate",
+    ),
+    "no analyze": (changed('@app.route("/analyze"', '@app.route("/judge"'), "no view of /analyze found"),
+    "no run": (changed("app.run(", "launch("), "no app.run(...) found"),
+    "an async view": (changed("def analyze():", "async def analyze():"), "analyze is async"),
+    "async generation": (changed("def run_model_mlx(", "async def run_model_mlx("), "run_model_mlx is async"),
+    "no advisor": (TEXT.replace("advisor", "voice"), "which variable of analyze holds the advisor is not clear"),
+    "a flag of its own": (
+        changed(
+            'parser.add_argument("--max_tokens"',
+            'parser.add_argument("--lora_path")\nparser.add_argument("--max_tokens"',
+        ),
+        "the service has a flag --lora_path of its own",
+    ),
+    "an adapter of its own": (
+        changed("load(MLX_MODEL)", 'load(MLX_MODEL, adapter_path="x")'),
+        "loads an adapter of its own",
+    ),
+    "a worker's queue": (
+        changed(
+            "response = run_model_mlx(prompt, image_path=str(image_path))", "response = work.put((prompt, image_path))"
+        )
+        + "\n\ndef worker():\n    run_model_mlx(*work.get())\n",
+        "no view of /analyze found that leads to the model",
+    ),
+    "bare carriage returns": (TEXT.replace("\n", "\r"), "bare carriage return"),
+    "half installed": (
+        changed("args = parser.parse_args()", "lora_patch.add_arguments(parser)\nargs = parser.parse_args()"),
+        "not all",
+    ),
+    "an empty file": ("", "no parser.parse_args() found"),
+    "NUL bytes": (TEXT.replace("PORT = ", "\0PORT = "), "not valid Python"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_understood_is_refused_and_left_alone(kind, tmp_path):
+    content, expected = REFUSED[kind]
+    assert expected in refused(tmp_path, content)
+
+
+def test_a_refusal_names_the_lines_to_add_by_hand(tmp_path):
+    said = refused(tmp_path, REFUSED["a worker's queue"][0])
+    assert "nothing was changed; lines to add by hand:" in said
+    assert lora_patch.BY_HAND["choose"] in said and lora_patch.BY_HAND["attach"] not in said
+
+
+def test_a_file_that_may_not_be_written(tmp_path):
+    file = tmp_path / "ai_advisor_service.py"
+    shutil.copy(STANDIN, file)
+    file.chmod(0o444)
+    done = patch_command("install", "--service", file)
+    assert done.returncode == 1 and done.stderr == f"lora_patch: {file}: read-only; nothing was changed\n"
+    assert os.listdir(tmp_path) == [file.name]
+    done = patch_command("install", "--service", tmp_path / "other.py")
+    assert done.returncode == 1 and done.stderr == f"lora_patch: {tmp_path / 'other.py'}: no such file\n"
