@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from common.cli import ScriptCommand, print_settings
 from common.errors import UserError
+from common.model.lora import attach_lora
 from common.model.step import Batch, collate, loss_only, packed_loss_and_grads
 from common.signals import StopRequest
 from common.training.data import DataFile, check_apart, read_data, report_overlong, resolve_paths
@@ -55,7 +56,7 @@ from common.training.run_folder import RunFolder, data_differences, refuse_diffe
 from common.training.verdict import loss_summary, verdict
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
 from integration.lora_patch.photo import MAX_IMAGE_SIZE
-from integration.lora_patch.vlm import Base, attach_lora, load_base
+from integration.lora_patch.vlm import Base, load_base
 
 option = functools.partial(click.option, show_default=True)
 COUNT, POSITIVE = click.IntRange(0), click.IntRange(1)

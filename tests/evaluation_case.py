@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 from common.analysis import compact_json
 from common.dataset import triplet_row
 from common.files import sha256_file, write_json, write_jsonl
+from common.model.lora import attach_lora, lora_parameters
 from common.model.step import collate, loss_and_grads
 from common.release.adapter import adapter_config, write_adapter
 from evaluate_lora import main
@@ -50,8 +51,8 @@ def make_adapter(
     it is sabotaged.
     """
     loaded = vlm.load_base(base)
-    vlm.attach_lora(loaded, rank=2, alpha=4, seed=seed)
-    tensors, key = vlm.lora_parameters(loaded.model), mx.random.key(seed)
+    attach_lora(loaded, rank=2, alpha=4, seed=seed)
+    tensors, key = lora_parameters(loaded.model), mx.random.key(seed)
     matrices = [name for name in sorted(tensors) if name.endswith("lora_b")]
     for name, own in zip(matrices, mx.random.split(key, len(matrices)), strict=True):
         tensors[name] = b_scale * mx.random.normal(tensors[name].shape, key=own)

@@ -6,7 +6,8 @@ tokens = counter.count(prompt, response, (width, height))
 
 import json
 import math
-from pathlib import Path
+
+from integration.lora_patch.hub import local_file
 
 TEMPLATE_TOKENS = 12  # role marks, vision marks, end of turn
 CHARACTERS_PER_TOKEN = 4.0  # of English JSON, where there is no tokenizer to ask
@@ -51,7 +52,7 @@ class LengthCounter:
 
 def _local_files(base_model: str) -> tuple[object | None, dict]:
     """Return (tokenizer or None, preprocessor settings) of a model folder or of the hub's local cache."""
-    tokenizer, processor = (_find(base_model, name) for name in ("tokenizer.json", "preprocessor_config.json"))
+    tokenizer, processor = (local_file(base_model, name) for name in ("tokenizer.json", "preprocessor_config.json"))
     settings = dict(_QWEN3_VL)
     if processor:
         try:
@@ -68,16 +69,3 @@ def _local_files(base_model: str) -> tuple[object | None, dict]:
         return Tokenizer.from_file(str(tokenizer)), settings
     except Exception:  # the library raises bare Exception for a damaged file
         return None, settings
-
-
-def _find(base_model: str, name: str) -> Path | None:
-    if Path(base_model).is_dir():
-        path = Path(base_model) / name
-        return path if path.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        found = try_to_load_from_cache(base_model, name)
-    except ValueError:  # neither a folder nor a hub id
-        return None
-    return Path(found) if isinstance(found, str) else None

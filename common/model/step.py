@@ -19,7 +19,8 @@ import mlx.nn as nn
 import numpy as np
 
 from common.model import kernels, layer
-from integration.lora_patch.vlm import Decoder, LayerSpec, Packing, Row, decoder, lora_parameters
+from common.model.lora import lora_parameters
+from integration.lora_patch.vlm import Decoder, LayerSpec, Packing, Row, decoder
 
 PAD_MULTIPLE = 128  # CUDA's fused attention backward exists only for lengths that are multiples of 128
 IN_FLIGHT = 1  # layers queued on the device ahead of the one it works on; 2 and 4 are no faster, and take 1 GB each

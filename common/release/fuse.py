@@ -13,6 +13,7 @@ from common.errors import UserError, refuse
 from common.files import read_json, sync_folder, write_json
 from common.release.adapter import read_adapter
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
+from integration.lora_patch.hub import model_folder
 
 INDEX = "model.safetensors.index.json"
 QUANTIZED_PARTS = ("weight", "scales", "biases")
@@ -27,7 +28,7 @@ def fuse_adapter(base_model: str, lora_path: Path, output_dir: Path, dequantize:
     UserError for another base than the adapter's, or an adapter with modules that the base lacks.
     """
     tensors, config = read_adapter(lora_path)
-    base = _base_folder(base_model)
+    base = model_folder(base_model)
     yield from _check_base(base, base_model, lora_path)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir}: not empty; name a new folder")
@@ -70,17 +71,6 @@ def fuse_adapter(base_model: str, lora_path: Path, output_dir: Path, dequantize:
             f"quantizing the merged weights again changed the update by {statistics.median(merging.losses):.0%} "
             "(median over modules, relative): serve base + adapter, or fuse with --dequantize, to lose nothing"
         )
-
-
-def _base_folder(base_model: str) -> Path:
-    if Path(base_model).is_dir():
-        return Path(base_model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(base_model))
-    except Exception as error:  # the hub client raises a dozen kinds for "not there" and "no network"
-        raise UserError(f"{base_model}: neither a folder nor a model to be had from the hub ({error})") from error
 
 
 def _check_base(base: Path, name: str, lora_path: Path) -> list[str]:

@@ -8,6 +8,7 @@ import click
 import mlx.core as mx
 
 from common.errors import UserError
+from common.model.lora import lora_parameters
 from common.model.step import collate, loss_and_grads
 from common.training.data_loader import Prepared, padded, steps_per_epoch
 from common.training.log import clock
@@ -24,7 +25,7 @@ from common.training.memory import (
     size,
     too_large,
 )
-from integration.lora_patch.vlm import Base, lora_parameters
+from integration.lora_patch.vlm import Base
 
 AUTO = "auto"
 

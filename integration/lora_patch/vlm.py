@@ -1,12 +1,11 @@
 """The one file that touches mlx-vlm's internals: loading Qwen3-VL, examples to tokens, the frozen features, LoRA.
 
-    from .vlm import attach_lora, encode, load_base, prepare_row
+    from .vlm import encode, load_base, prepare_row
     base = load_base("Qwen/Qwen3-VL-4B-Instruct")
     row = prepare_row(base, encode(base, prompt, [photo], response))
-    attach_lora(base, rank=16, alpha=32, dropout=0.05)
 
-Reads a model folder (or a hub id); writes nothing. `common/model/step.py` trains on what this file hands out: plain
-arrays and the static description of a decoder layer.
+Reads a model folder (or a hub id); writes nothing. Training (`common/model`) and generation compute with what this
+file gives them: plain arrays and the static description of a decoder layer.
 """
 
 import json
@@ -25,6 +24,7 @@ from mlx_vlm.utils import load as load_mlx_vlm
 from mlx_vlm.utils import process_inputs
 
 from .errors import LoraError, refuse
+from .hub import model_folder
 
 LAYERS = "language_model.model.layers"  # the prefix of every trained module's name
 END_OF_TURN = "<|im_end|>"
@@ -63,7 +63,7 @@ def load_base(name_or_path: str | Path) -> Base:
     neither a folder nor reachable on the hub.
     """
     name = str(name_or_path)
-    path = _model_folder(name)
+    path = model_folder(name)
     config = _read_config(path)
     try:
         model, processor = load_mlx_vlm(str(path))
@@ -73,21 +73,6 @@ def load_base(name_or_path: str | Path) -> Base:
     model.eval()
     group_weights(model)
     return Base(model, processor, config, path, name)
-
-
-def _model_folder(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise LoraError(f"{name}: no model folder there; name a folder with config.json and weights, or a hub id")
-    from huggingface_hub import snapshot_download  # imported here: a local folder never needs the hub
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # the hub client raises a dozen unrelated types; all mean "not to be had"
-        raise LoraError(f"{name}: neither a folder here nor a model the hub gives: {_first_line(error)}") from error
 
 
 def _read_config(path: Path) -> dict:
@@ -230,65 +215,9 @@ class Adapter:
         return self.alpha / self.rank
 
 
-def attach_lora(
-    base: Base,
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    target_modules: tuple[str, ...] = TARGET_MODULES,
-    seed: int = 0,
-) -> list[str]:
-    """Wrap ``target_modules`` of every decoder layer in mlx-vlm's LoRALinear; return the full module names.
-
-    A is uniform in +-1/sqrt(inputs) from ``seed`` (PEFT's and mlx-vlm's initialisation), B is zero, so the adapter
-    starts as a no-op. Both are float32 whatever the base is: updates of 2e-4 would be lost in bfloat16.
-    """
-    unknown = [name for name in target_modules if name not in TARGET_MODULES]
-    if unknown or not target_modules:
-        raise LoraError(f"target modules {', '.join(unknown) or '(none)'}: choose from {', '.join(TARGET_MODULES)}")
-    if adapter_of(base.model) is not None:
-        raise ValueError("the model already has an adapter; load the base again")
-    modules = {}
-    keys = mx.random.split(mx.random.key(seed), len(base.model.layers) * len(target_modules))
-    for i, layer in enumerate(base.model.layers):
-        for name in target_modules:
-            linear = _child(layer, name)
-            module = LoRALinear.from_base(linear, r=rank, dropout=dropout, scale=alpha / rank)
-            bound = linear_input(linear) ** -0.5
-            module.lora_a = mx.random.uniform(-bound, bound, module.lora_a.shape, key=keys[len(modules)])
-            modules[f"{LAYERS}.{i}.{name}"] = module
-    base.model.freeze()
-    for module in modules.values():
-        module.linear.freeze()
-        module.train(False)
-    # An object, not a dict: nn.Module would count a dict of modules as children.
-    object.__setattr__(base.model, "_adapter", Adapter(rank, alpha, dropout, modules))
-    _place(base.model, modules)
-    mx.eval(base.model.trainable_parameters())
-    return list(modules)
-
-
 def adapter_of(model: nn.Module) -> Adapter | None:
-    """Return the adapter that `attach_lora` put on the model, if any."""
+    """Return the adapter that `use_adapter` put on the model, if any."""
     return getattr(model, "_adapter", None)
-
-
-def lora_parameters(model: nn.Module) -> dict[str, mx.array]:
-    """Return {"language_model.model.layers.0.self_attn.q_proj.lora_a": float32 [in, r], ... "lora_b": [r, out]}."""
-    modules = adapter_of(model).modules
-    return {f"{name}.{part}": module[part] for name, module in modules.items() for part in ("lora_a", "lora_b")}
-
-
-def update_lora(model: nn.Module, parameters: dict[str, mx.array]) -> None:
-    """Put new values (names as in `lora_parameters`) in place; raises KeyError or ValueError on a mismatch."""
-    modules = adapter_of(model).modules
-    for full, value in parameters.items():
-        name, part = full.rsplit(".", 1)
-        if part not in ("lora_a", "lora_b"):
-            raise KeyError(full)
-        if modules[name][part].shape != value.shape:
-            raise ValueError(f"{full}: shape {value.shape} instead of {modules[name][part].shape}")
-        modules[name][part] = value
 
 
 def set_adapter(model: nn.Module, on: bool) -> None:
@@ -299,10 +228,10 @@ def set_adapter(model: nn.Module, on: bool) -> None:
         _place(model, {name: m if on else m.linear for name, m in adapter.modules.items()})
 
 
-def linear_input(linear: nn.Module) -> int:
-    """Return the input width of a plain or quantized linear layer."""
-    width = linear.weight.shape[1]
-    return width * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else width
+def linear_size(linear: nn.Module) -> tuple[int, int]:
+    """Return (inputs, outputs) of a plain or quantized linear layer."""
+    outputs, width = linear.weight.shape
+    return width * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else width, outputs
 
 
 def _child(module: nn.Module, name: str) -> nn.Module:
@@ -386,7 +315,7 @@ def decoder(model: nn.Module) -> Decoder:
                 module = module.linear
             arrays[short], how = _matrix(module)
             packing.append((short, how))
-            widths.append((short, (linear_input(module), module.weight.shape[0])))
+            widths.append((short, linear_size(module)))
         specs.append(
             LayerSpec(
                 attention.n_heads,
@@ -468,18 +397,18 @@ def _matrix(module: nn.Module) -> tuple[tuple, Packing | None]:
 # -- several adapters over one base, and mlx-vlm's own generation -----------------------------------------------------
 
 
-def build_adapter(base: Base, tensors: dict[str, mx.array], rank: int, alpha: float) -> Adapter:
+def build_adapter(base: Base, tensors: dict[str, mx.array], rank: int, alpha: float, dropout: float = 0.0) -> Adapter:
     """Make the LoRA modules of a trained adapter without placing them; any number may exist over one base.
 
     ``tensors`` hold lora_a [in, r] and lora_b [r, out] by MLX name. Raises
     `LoraError` naming every module that the base lacks, whose shape differs or whose values are no numbers.
     """
-    plain = {name: m for name, m in _plain_modules(base.model).items() if f"{name}.lora_a" in tensors}
+    plain = {name: m for name, m in plain_modules(base.model).items() if f"{name}.lora_a" in tensors}
     names = {name.rpartition(".")[0] for name in tensors}
     problems = [f"{name}: the base has no such module" for name in sorted(names - plain.keys())]
     modules = {}
     for name, linear in plain.items():
-        module = LoRALinear.from_base(linear, r=rank, dropout=0.0, scale=alpha / rank)
+        module = LoRALinear.from_base(linear, r=rank, dropout=dropout, scale=alpha / rank)
         for part in ("lora_a", "lora_b"):
             found, wanted = tensors[f"{name}.{part}"], module[part].shape
             if found.shape != wanted:
@@ -493,7 +422,7 @@ def build_adapter(base: Base, tensors: dict[str, mx.array], rank: int, alpha: fl
         modules[name] = module
     refuse(problems)
     mx.eval([[m.lora_a, m.lora_b] for m in modules.values()])
-    return Adapter(rank, alpha, 0.0, modules)
+    return Adapter(rank, alpha, dropout, modules)
 
 
 def use_adapter(base: Base, adapter: Adapter | None) -> None:
@@ -507,13 +436,13 @@ def use_adapter(base: Base, adapter: Adapter | None) -> None:
         set_adapter(base.model, True)
 
 
-def _plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the projections that LoRA can wrap, by full name, without the LoRA that may be around them."""
     found = {}
     for i, layer in enumerate(model.layers):
         for name in TARGET_MODULES:
             module = _child(layer, name)
-            found[f"{LAYERS}.{i}.{name}"] = module.linear if isinstance(module, LoRALinear) else module
+            found[f"{LAYERS}.{i}.{name}"] = _bare(module)
     return found
 
 

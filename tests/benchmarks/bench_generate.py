@@ -23,6 +23,7 @@ from mlx_vlm.models.qwen3_vl import Model, ModelConfig, TextConfig, VisionConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from common.model.lora import attach_lora, lora_parameters  # noqa: E402
 from integration.lora_patch import generation as generate
 from integration.lora_patch import vlm  # noqa: E402
 
@@ -118,8 +119,8 @@ def photo(shape: dict, base: vlm.Base, number: int) -> vlm.Encoded:
 
 
 def random_adapter(base: vlm.Base, rank: int) -> vlm.Adapter:
-    vlm.attach_lora(base, rank=rank, alpha=2 * rank)
-    tensors = vlm.lora_parameters(base.model)
+    attach_lora(base, rank=rank, alpha=2 * rank)
+    tensors = lora_parameters(base.model)
     for name in tensors:
         if name.endswith("lora_b"):
             tensors[name] = 0.01 * mx.random.normal(tensors[name].shape)

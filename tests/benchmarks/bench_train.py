@@ -208,7 +208,8 @@ def make(folder: str, shape: str, rows: int, width: int, height: int, prompt: in
     """Write base/, rows.json with photographs, and the initial adapter: what every trainer reads."""
     import mlx.core as mx
 
-    from integration.lora_patch.vlm import attach_lora, encode, load_base, lora_parameters, prepare_row
+    from common.model.lora import attach_lora, lora_parameters
+    from integration.lora_patch.vlm import encode, load_base, prepare_row
     from tests.sample import make_tiny_model as maker
 
     folder = Path(folder)
@@ -300,7 +301,8 @@ def load_mlx(folder: Path, dropout: float = 0.0, bits: int | None = None):
     import mlx.core as mx
     import mlx.nn as nn
 
-    from integration.lora_patch.vlm import attach_lora, group_weights, load_base, update_lora
+    from common.model.lora import attach_lora, update_lora
+    from integration.lora_patch.vlm import group_weights, load_base
 
     base = load_base(folder / "base")
     if bits:

@@ -10,18 +10,16 @@ import pytest
 from PIL import Image
 
 from common.model import kernels, layer, step
+from common.model.lora import attach_lora, lora_parameters, update_lora
 from common.model.step import collate, loss_and_grads, loss_only, pack_lora, packed_loss_and_grads, unpack_lora
 from integration.lora_patch.vlm import (
     TARGET_MODULES,
     Base,
     adapter_of,
-    attach_lora,
     encode,
     load_base,
-    lora_parameters,
     prepare_row,
     set_adapter,
-    update_lora,
 )
 
 RESPONSES = ("0123456789" * 4, "A calm photograph. 7 8 9", "5" * 70)

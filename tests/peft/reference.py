@@ -18,9 +18,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from common.model.lora import attach_lora, lora_parameters  # noqa: E402
 from common.release.adapter import adapter_config, write_adapter  # noqa: E402
 from common.release.fuse import fuse_adapter  # noqa: E402
-from integration.lora_patch.vlm import attach_lora, encode, load_base, lora_parameters  # noqa: E402
+from integration.lora_patch.vlm import encode, load_base  # noqa: E402
 from tests.sample import scenes  # noqa: E402
 
 

@@ -13,10 +13,11 @@ from click.testing import CliRunner
 
 from common.errors import UserError
 from common.files import write_json
+from common.model.lora import attach_lora, lora_parameters, update_lora
 from common.release.adapter import adapter_config, main, mlx_name, peft_name, read_adapter, write_adapter
 from common.tensors import save_tensors
 from integration.lora_patch.fingerprint import base_fingerprint
-from integration.lora_patch.vlm import Base, attach_lora, encode, load_base, lora_parameters, update_lora
+from integration.lora_patch.vlm import Base, encode, load_base
 from tests.sample import scenes
 
 RANK, ALPHA = 4, 8

@@ -11,22 +11,20 @@ from mlx.utils import tree_flatten
 from mlx_vlm.prompt_utils import apply_chat_template
 from PIL import Image
 
+from common.model.lora import attach_lora, lora_parameters, update_lora
 from integration.lora_patch.errors import LoraError
 from integration.lora_patch.photo import load_photo
 from integration.lora_patch.vlm import (
     LAYERS,
     TARGET_MODULES,
     adapter_of,
-    attach_lora,
     decoder,
     encode,
     group_weights,
     image_tokens,
     load_base,
-    lora_parameters,
     prepare_row,
     set_adapter,
-    update_lora,
 )
 
 PROMPT = "You are ansel. Answer with one JSON object.\n\nAnalyze the provided image."

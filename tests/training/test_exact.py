@@ -13,13 +13,14 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from common.errors import UserError
+from common.model.lora import attach_lora, lora_parameters
 from common.model.step import collate, pack_lora, packed_loss_and_grads
 from common.training import data_loader as feed
 from common.training import memory
 from common.training.distributed import Processes
 from common.training.optimizer import AdamW, clip, learning_rate_at, warmup_within
 from integration.lora_patch.photo import load_photo
-from integration.lora_patch.vlm import Base, Row, attach_lora, encode, load_base, lora_parameters
+from integration.lora_patch.vlm import Base, Row, encode, load_base
 from tests.sample.make_tiny_model import random_model
 from tests.training_sample import ROOT, TRAIN, log_of, train_here, write_dataset
 
