@@ -10,6 +10,9 @@ evaluation/generations/ so that a broken run goes on, and fills the model card's
 when every gate passes; prints a line for each that does not.
 """
 
+import common  # noqa: F401 - first: it says "run make setup" where packages are missing
+
+# isort: split
 import sys
 import time
 from pathlib import Path
@@ -18,7 +21,7 @@ from types import SimpleNamespace
 import click
 from tqdm import tqdm
 
-from common.cli import ScriptCommand, print_settings
+from common.cli import PhaseCommand, option_group, print_settings
 from common.errors import UserError
 from common.evaluation import report
 from common.evaluation import setup as held_out
@@ -29,8 +32,8 @@ from common.evaluation.generations import OutputLog, RecordedSource, Source
 AUTO = "auto"
 
 
-@click.command(cls=ScriptCommand, help=__doc__.split("\n\n")[0])
-# What is compared
+@click.command(cls=PhaseCommand, help=__doc__)
+@option_group("Model")
 @click.option("--lora_path", required=True, type=click.Path(path_type=Path), help="adapter folder, the candidate")
 @click.option("--base_model", help="hub id or folder  [default: the one the adapter was trained on]")
 @click.option(
@@ -39,13 +42,13 @@ AUTO = "auto"
     show_default=True,
     help="adapter in use: its folder, its deployed.json, none, or auto (models/ADVISOR/deployed.json)",
 )
-# Data
+@option_group("Data")
 @click.option("--val_data", help="held-out examples  [default: the validation data of the training]")
 @click.option("--max_examples", type=click.IntRange(1), help="only the first so many")
 @click.option(
     "--max_image_size", type=click.IntRange(32), help="long side of a photograph in pixels  [default: as in training]"
 )
-# Generation
+@option_group("Generation")
 @click.option(
     "--num_samples", default=1, show_default=True, type=click.IntRange(1), help="outputs a photograph and adapter"
 )
@@ -76,7 +79,7 @@ AUTO = "auto"
     type=click.Path(path_type=Path),
     help="judge the raw outputs in this JSONL instead of running the model",
 )
-# Decision and output
+@option_group("Output")
 @click.option(
     "--gates",
     type=click.Path(path_type=Path),

@@ -7,6 +7,9 @@ Writes training_data/training_data_manifest.jsonl, a line for each linked job; b
 for each other job with the reason, and ..._report.json with the counts. The rows are made by `common/data/linking.py`.
 """
 
+import common  # noqa: F401 - first: it says "run make setup" where packages are missing
+
+# isort: split
 import json
 import sys
 from collections import Counter, defaultdict
@@ -16,7 +19,7 @@ from pathlib import Path
 import click
 import jsonlines
 
-from common.cli import ScriptCommand, print_settings
+from common.cli import PhaseCommand, option_group, print_settings
 from common.data.database import find_databases, open_database, shown
 from common.data.linking import NOT_ASKED_FOR, REASONS, Linker, Outcome
 from common.data.photos import Locator, describe_all
@@ -27,17 +30,17 @@ from common.tables import counted, paragraph, table
 PHOTO_CACHE = ".photo_cache.db"
 
 
-@click.command(cls=ScriptCommand, help=__doc__.split("\n\n")[0])
-# Where the installation lies
+@click.command(cls=PhaseCommand, help=__doc__)
+@option_group("Data")
 @click.option("--db_path", multiple=True, type=click.Path(path_type=Path), default=(".",), show_default=True,
               help="database, or a folder with databases of one installation; may be repeated")  # fmt: skip
 @click.option("--source_dir", type=click.Path(path_type=Path), help="folder of the photographs  [default: source beside the database]")  # fmt: skip  # noqa: E501
 @click.option("--analysis_dir", type=click.Path(path_type=Path), help="folder of analysis-ADVISOR-JOBID.md files  [default: analysis_md beside the database]")  # fmt: skip  # noqa: E501
-# Which jobs
+@option_group("Jobs")
 @click.option("--advisor", required=True, help='advisor whose jobs are linked, or "all"')
 @click.option("--status", multiple=True, default=("done", "completed"), show_default=True, help="statuses of jobs that ended well; may be repeated")  # fmt: skip  # noqa: E501
 @click.option("--mode", multiple=True, default=("base",), show_default=True, help='modes to take, may be repeated; "base": every mode but an adapter\'s, "all": those too')  # fmt: skip  # noqa: E501
-# What is written
+@option_group("Output")
 @click.option("--output_dir", type=click.Path(path_type=Path), default="training_data", show_default=True, help="folder for all that is written")  # fmt: skip  # noqa: E501
 @click.option("--output_file", default="training_data_manifest.jsonl", show_default=True, help="name of the manifest in output_dir")  # fmt: skip  # noqa: E501
 @click.option("--min_examples", default=60, show_default=True, type=click.IntRange(min=0), help="warn when fewer jobs are linked")  # fmt: skip  # noqa: E501

@@ -8,6 +8,9 @@ Writes to training_data/: training_data_ADVISOR_train.jsonl and ..._val.jsonl (i
 (what became of each linked job) and ..._split.json (each photograph's side, which it keeps in later rounds).
 """
 
+import common  # noqa: F401 - first: it says "run make setup" where packages are missing
+
+# isort: split
 import hashlib
 import re
 import statistics
@@ -19,7 +22,7 @@ from pathlib import Path
 
 import click
 
-from common.cli import ScriptCommand, print_settings
+from common.cli import PhaseCommand, option_group, print_settings
 from common.data.candidates import Candidate, Manifest, apply_gates, judge_all, keep_newest, response_of, tallies
 from common.data.card import charts, data_card, sheet
 from common.data.database import shown
@@ -44,8 +47,8 @@ REASONS = {
 }
 
 
-@click.command(cls=ScriptCommand, help=__doc__.split("\n\n")[0])
-# Data
+@click.command(cls=PhaseCommand, help=__doc__)
+@option_group("Data")
 @click.option("--manifest", default="training_data_manifest.jsonl", show_default=True, help="manifest of link_training_data.py")  # fmt: skip  # noqa: E501
 @click.option("--advisor", help="advisor whose examples are prepared  [default: the manifest's only one]")
 @click.option(
@@ -57,22 +60,22 @@ REASONS = {
 )
 @click.option("--format", "row_format", type=click.Choice(["triplet", "messages"]), default="triplet", show_default=True, help="triplet: image_path, prompt, response; messages: chat rows for other trainers")  # fmt: skip  # noqa: E501
 @click.option("--dry_run", is_flag=True, help="print what would be written, and write nothing")
-# Prompt
+@option_group("Prompt")
 @click.option("--system_prompt", type=click.Path(path_type=Path), help="file with a system prompt to use instead of the database's")  # fmt: skip  # noqa: E501
 @click.option("--prompts_db", type=click.Path(path_type=Path), help="database to take the prompts from  [default: the newest in the manifest]")  # fmt: skip  # noqa: E501
 @click.option("--dimensions", help='"7", "8", or names separated by commas  [default: those the prompt asks for]')
-# Quality
+@option_group("Quality")
 @click.option("--gate", multiple=True, metavar="NAME=LEVEL", help=f"switch a gate to reject, warn or off; may be repeated; gates: {', '.join(GATES)}")  # fmt: skip  # noqa: E501
 @click.option("--no_mend", is_flag=True, help="reject analyses that could be read only after mending")
 @click.option("--keep", type=click.Choice(["newest", "all"]), default="newest", show_default=True, help="of several analyses of one photograph: the newest that passes all gates, or all")  # fmt: skip  # noqa: E501
-# Split
+@option_group("Split")
 @click.option("--train_split", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="share of the photographs to train on  [default: 0.8]")  # fmt: skip  # noqa: E501
 @click.option("--val_split", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="share to validate on  [default: 0.2]")  # fmt: skip  # noqa: E501
 @click.option("--seed", default=42, show_default=True, help="another seed, another split")
 @click.option("--duplicate_distance", default=RADIUS, show_default=True, type=click.IntRange(0, 16), help="bits of 64 in which near-duplicates' perceptual hashes may differ; 0: identical pictures only")  # fmt: skip  # noqa: E501
 @click.option("--split_record", type=click.Path(path_type=Path), help="file that remembers each photograph's side  [default: training_data_ADVISOR_split.json in output_dir]")  # fmt: skip  # noqa: E501
 @click.option("--resplit", is_flag=True, help="forget which side photographs had in earlier rounds")
-# Lengths
+@option_group("Lengths")
 @click.option("--base_model", default="Qwen/Qwen3-VL-4B-Instruct", show_default=True, help="folder or hub id whose tokenizer measures lengths, when it is on this machine")  # fmt: skip  # noqa: E501
 @click.option("--max_seq_length", default=2048, show_default=True, type=click.IntRange(min=1), help="length that training allows")  # fmt: skip  # noqa: E501
 @click.option("--max_image_size", default=1024, show_default=True, type=click.IntRange(min=32), help="long side of photographs in training, pixels")  # fmt: skip  # noqa: E501

@@ -11,6 +11,9 @@ adapters.safetensors; the best by validation loss, and the last under last/), tr
 loss_curve.png, README.md and checkpoints/.
 """
 
+import common  # noqa: F401 - first: it says "run make setup" where packages are missing
+
+# isort: split
 import contextlib
 import functools
 import math
@@ -29,7 +32,7 @@ import click
 import mlx.core as mx
 from tqdm import tqdm
 
-from common.cli import ScriptCommand, print_settings
+from common.cli import PhaseCommand, option_group, print_settings
 from common.errors import UserError
 from common.model.lora import attach_lora
 from common.model.step import Batch, collate, loss_only, packed_loss_and_grads
@@ -62,19 +65,19 @@ option = functools.partial(click.option, show_default=True)
 COUNT, POSITIVE = click.IntRange(0), click.IntRange(1)
 
 
-@click.command(cls=ScriptCommand, help=__doc__.split("\n\n")[0])
-# Data
+@click.command(cls=PhaseCommand, help=__doc__)
+@option_group("Data")
 @option("--train_data", required=True, help="training examples, as prepare_training_data.py writes them")
 @option("--val_data", help="validation examples  [default: ..._val beside ..._train, if there]")
 @option("--max_seq_length", default=AUTO, help="longest example in tokens, or auto: the longest that memory allows")
 @option("--max_image_size", default=MAX_IMAGE_SIZE, type=click.IntRange(32), help="long side of photographs, pixels")
 @option("--on_overlong", default="skip", type=click.Choice(["skip", "fail"]), help="longer examples: leave out or stop")
-# Model
+@option_group("Model")
 @option("--base_model", default="Qwen/Qwen3-VL-4B-Instruct", help="hub id or folder, 16-bit or quantized")
 @option("--lora_r", default=16, type=POSITIVE, help="rank of the adapter")
 @option("--lora_alpha", default=32, type=POSITIVE, help="the update is scaled by alpha / rank")
 @option("--lora_dropout", default=0.05, type=click.FloatRange(0, 1, max_open=True), help="on the adapter's input")
-# Optimization
+@option_group("Optimization")
 @option("--epochs", default=3, type=POSITIVE, help="passes over the training data")
 @option("--batch_size", default=2, type=POSITIVE, help="examples a batch, in each process")
 @option("--gradient_accumulation_steps", default=1, type=POSITIVE, help="batches an optimizer step")
@@ -86,14 +89,14 @@ COUNT, POSITIVE = click.IntRange(0), click.IntRange(1)
     "--early_stopping_patience", default=0, type=COUNT, help="validations without progress before stopping; 0: never"
 )
 @option("--seed", default=0, type=COUNT, help="of adapter, order and dropout")
-# Memory and speed
+@option_group("Memory")
 @option("--auto_memory/--no_auto_memory", default=True, help="choose what follows so that the run fits the device")
 @option("--micro_batch_size", default=AUTO, help="examples on the device at once")
 @option("--grad_checkpointing", default=AUTO, type=click.Choice([AUTO, "on", "off"]), help="less memory, slower")
 @option("--pad_multiple", default=AUTO, help="sequences are padded to multiples of this")
 @option("--cache_limit_gb", default=AUTO, help="freed buffers that MLX may keep")
 @option("--feature_cache", default=AUTO, type=click.Choice([AUTO, "memory", "disk"]), help="where prepared rows wait")
-# Output
+@option_group("Output")
 @option("--output_dir", help="adapter folder  [default: models/qwen3-vl-4b-lora-ADVISOR]")
 @option("--save_freq", default=500, type=POSITIVE, help="steps between checkpoints; each epoch ends with one too")
 @option("--keep_checkpoints", default=2, type=POSITIVE, help="newest checkpoints kept")

@@ -1,1 +1,7 @@
-"""What two or more of the scripts share, one idea a file."""
+"""What the four scripts share. The scripts import it first: without the packages it says how to get them."""
+
+import sys
+from importlib.util import find_spec
+
+if not all(map(find_spec, ("click", "mlx", "mlx_vlm"))):
+    sys.exit(f'Error: {sys.executable} lacks this project\'s packages; run "make setup", then use .venv/bin/python')

@@ -1,5 +1,6 @@
 """Plain tables for the terminal, at most 100 columns wide, the same on a terminal and in a file."""
 
+import io
 import shutil
 import textwrap
 
@@ -20,19 +21,19 @@ def paragraph(text: str, indent: str = "", hang: str = "") -> str:
 
 
 def table(header: list[str], rows: list[list], indent: str = "  ") -> str:
-    """Return a table: numbers to the right, the last column wrapped to what is left of the line."""
-    columns = width()
-    cells = [header, *([f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows)]
-    right = [bool(rows) and all(isinstance(row[i], int) for row in rows) for i in range(len(header))]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header) - 1)]
-    last = max(20, columns - len(indent) - sum(widths) - 2 * len(widths))
-    lines = []
-    for row in cells:
-        texts = [text.rjust(w) if r else text.ljust(w) for text, w, r in zip(row, widths, right, strict=False)]
-        start = indent + "  ".join([*texts, ""])
-        wrapped = textwrap.wrap(row[-1], last) or [""]
-        lines.append((start + wrapped[0]).rstrip())
-        lines += [" " * len(start) + line for line in wrapped[1:]]
-        if row is header:
-            lines.append(indent + "-" * min(columns - len(indent), max(len(lines[0]) - len(indent), 60)))
-    return "\n".join(lines)
+    """Return a table as plain text: numbers to the right, the last column wrapped to what is left of the line."""
+    from rich import box  # a tenth of a second that --help does without
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True)
+    for at, name in enumerate(header):
+        numbers = bool(rows) and all(isinstance(row[at], int) for row in rows)
+        grid.add_column(name, justify="right" if numbers else "left", no_wrap=at < len(header) - 1)
+    for row in rows:
+        grid.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
+    console = Console(width=width(), color_system=None, file=io.StringIO(), legacy_windows=False)
+    console.print(Padding(grid, (0, 0, 0, len(indent))))
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())

@@ -2,11 +2,8 @@
 
 import os
 
-import click
 import pytest
-from click.testing import CliRunner
 
-from common.cli import ScriptCommand, print_settings
 from common.errors import UserError
 from common.files import find_input, read_rows, sha256_file, write_atomic, write_json, write_jsonl
 
@@ -67,15 +64,3 @@ def test_documented_names_are_found(tmp_path, monkeypatch, capsys):
 def test_sha256_of_known_bytes(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-def test_both_spellings_of_an_option_and_the_printed_source():
-    @click.command(cls=ScriptCommand)
-    @click.option("--lora_r", default=16)
-    @click.option("--train_data", default="none")
-    def command(lora_r, train_data):
-        print_settings("Settings", {"lora_r": lora_r, "train_data": train_data})
-
-    result = CliRunner().invoke(command, ["--train-data=some-file.jsonl"])
-    assert result.output == "Settings\n  lora_r      16  (default)\n  train_data  some-file.jsonl\n"
-    assert CliRunner().invoke(command, ["--lora-rank", "3"]).exit_code == 2

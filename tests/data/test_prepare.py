@@ -386,7 +386,7 @@ def test_an_interrupt_leaves_whole_files(tree: Tree, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(link_training_data.Summary, "_count_reasons", interrupted)
     tree.job("the last", "nowhere.jpg", analysis(60))
-    assert tree.link().exit_code == 1
+    assert tree.link().exit_code == 130
     assert {path.name: path.read_bytes() for path in out.glob("training_data_*")} == before
     monkeypatch.undo()
     tree.link()
