@@ -391,7 +391,7 @@ def test_an_interrupt_leaves_whole_files(tree: Tree, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     tree.link()
     monkeypatch.setattr(prepare_training_data.Work, "_meta", interrupted)
-    assert tree.prepare().exit_code == 1
+    assert tree.prepare().exit_code == 130
     assert not list(out.glob("*.tmp")) and not list(out.glob(".*.tmp"))
     monkeypatch.undo()
     assert tree.prepare().exit_code == 0
