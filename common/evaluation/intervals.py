@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 4000
@@ -86,6 +85,8 @@ def rank_correlation_difference(ours: np.ndarray, theirs: np.ndarray, reference:
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return Spearman's correlation along the last axis, NaN where a side is constant."""
+    from scipy import stats
+
     x, y = (stats.rankdata(side, axis=-1) for side in (x, y))
     x, y = (side - side.mean(axis=-1, keepdims=True) for side in (x, y))
     spread = np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
@@ -126,6 +127,8 @@ def share(passes: np.ndarray) -> Figure:
     """
     passes = passes[~np.isnan(passes)]
     if len(passes) and np.isin(passes, (0.0, 1.0)).all():
+        from scipy import stats  # half a second that --help does without
+
         found = stats.binomtest(int(passes.sum()), len(passes)).proportion_ci(CONFIDENCE, method="exact")
         return Figure(float(passes.mean()), float(found.low), float(found.high), len(passes))
     return mean(passes)

@@ -17,11 +17,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_vlm.generate import stream_generate
-from mlx_vlm.prompt_utils import apply_chat_template
-from mlx_vlm.trainer.peft import LoRALinear
-from mlx_vlm.utils import load as load_mlx_vlm
-from mlx_vlm.utils import process_inputs
 
 from .errors import LoraError, refuse
 from .hub import model_folder
@@ -62,11 +57,13 @@ def load_base(name_or_path: str | Path) -> Base:
     Raises `LoraError` for a folder without config.json, weights or tokenizer, another model type, or a name that is
     neither a folder nor reachable on the hub.
     """
+    from mlx_vlm.utils import load  # mlx-vlm and transformers take a second to import; a script's --help needs neither
+
     name = str(name_or_path)
     path = model_folder(name)
     config = _read_config(path)
     try:
-        model, processor = load_mlx_vlm(str(path))
+        model, processor = load(str(path))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: MLX on damaged weights
         raise LoraError(f"{name}: the model cannot be loaded: {_first_line(error)}") from error
     model.freeze()
@@ -118,6 +115,9 @@ def encode(base: Base, prompt: str, photos: list, response: str | None = None) -
     ``response`` its tokens and the end of turn follow; the response is tokenized on its own, because that is where
     generation starts. Raises `LoraError` if the response holds an image placeholder.
     """
+    from mlx_vlm.prompt_utils import apply_chat_template
+    from mlx_vlm.utils import process_inputs
+
     text = apply_chat_template(base.processor, base.config, prompt, num_images=len(photos))
     inputs = process_inputs(base.processor, [text], images=list(photos) or None, return_tensors="np")
     ids = np.asarray(inputs["input_ids"]).reshape(-1).astype(np.int32)
@@ -205,7 +205,7 @@ def image_tokens(base: Base, size: tuple[int, int]) -> int:
 class Adapter:
     """The LoRA modules attached to one model, and the base modules they wrap."""
 
-    def __init__(self, rank: int, alpha: float, dropout: float, modules: dict[str, LoRALinear]):
+    def __init__(self, rank: int, alpha: float, dropout: float, modules: dict[str, nn.Module]):
         self.rank, self.alpha, self.dropout, self.modules = rank, alpha, dropout, modules
         self.on = True
 
@@ -309,7 +309,7 @@ def decoder(model: nn.Module) -> Decoder:
         packing, widths, pairs, full = [], [], {}, {}
         for name, short in _SHORT.items():
             module = _child(layer, name)
-            if isinstance(module, LoRALinear):
+            if "lora_a" in module:
                 pairs[short] = (module.lora_a, module.lora_b)
                 full[short] = f"{LAYERS}.{i}.{name}"
                 module = module.linear
@@ -381,7 +381,7 @@ def _stack(modules: list[nn.Module]) -> tuple:
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    return module.linear if isinstance(module, LoRALinear) else module
+    return module.linear if "lora_a" in module else module
 
 
 def _matrix(module: nn.Module) -> tuple[tuple, Packing | None]:
@@ -403,6 +403,8 @@ def build_adapter(base: Base, tensors: dict[str, mx.array], rank: int, alpha: fl
     ``tensors`` hold lora_a [in, r] and lora_b [r, out] by MLX name. Raises
     `LoraError` naming every module that the base lacks, whose shape differs or whose values are no numbers.
     """
+    from mlx_vlm.trainer.peft import LoRALinear
+
     plain = {name: m for name, m in plain_modules(base.model).items() if f"{name}.lora_a" in tensors}
     names = {name.rpartition(".")[0] for name in tensors}
     problems = [f"{name}: the base has no such module" for name in sorted(names - plain.keys())]
@@ -454,6 +456,9 @@ def stop_tokens(base: Base) -> frozenset[int]:
 def stream(base: Base, prompt: str, photos: list, max_tokens: int) -> Iterator[int]:
     """Yield greedy token ids one by one through mlx-vlm's own generation, as the service does; the end of turn is not
     yielded. Preparing the photograph is part of it."""
+    from mlx_vlm.generate import stream_generate
+    from mlx_vlm.prompt_utils import apply_chat_template
+
     text = apply_chat_template(base.processor, base.config, prompt, num_images=len(photos))
     results = stream_generate(
         base.model, base.processor, text, image=list(photos) or None, max_tokens=max_tokens, temperature=0.0

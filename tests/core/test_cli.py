@@ -21,6 +21,8 @@ from common.errors import UserError
 from common.tables import table
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ["link_training_data", "prepare_training_data", "train_mlx_lora", "evaluate_lora"]
+SLOW = {"mlx_vlm", "transformers", "scipy.stats", "matplotlib.pyplot", "pandas"}  # each costs tenths of a second
 
 
 @click.command(cls=PhaseCommand, help="Train.\n\n    train.py --lora_r 8\n    train.py --lora_r 4\n\nReads rows.")
@@ -126,11 +128,18 @@ def test_a_python_without_the_packages_is_told_of_make_setup():
     assert 'run "make setup"' in done.stderr
 
 
-@pytest.mark.parametrize("script", ["link_training_data", "prepare_training_data", "train_mlx_lora", "evaluate_lora"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_each_script_looks_for_the_packages_before_it_imports_one(script):
     lines = (ROOT / f"{script}.py").read_text(encoding="utf-8").splitlines()
     first = next(line for line in lines if line.startswith(("import ", "from ")))
     assert first.startswith("import common ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_no_slow_package(script):
+    told = f"import sys, {script}; print(sorted({SLOW} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_a_table_is_plain_text_with_its_numbers_to_the_right():
