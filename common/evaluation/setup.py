@@ -18,7 +18,7 @@ from common.training.run_folder import ARGS
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
 from integration.lora_patch.photo import MAX_IMAGE_SIZE, PhotoError, load_photo
 from integration.lora_patch.prompts import prompt_dimensions
-from integration.lora_patch.vlm import Base, load_base, response_ids
+from integration.lora_patch.vlm import Base, load_base, response_tokens
 
 AUTO = "auto"
 LONGEST = 2048  # tokens; the longest real analyses have some 1,300
@@ -138,7 +138,7 @@ def device_name() -> str:
 def _max_tokens(settings: SimpleNamespace, base: Base, items: list[Item]) -> int:
     if settings.max_tokens != AUTO:
         return int(settings.max_tokens)
-    longest = max(len(response_ids(base, item.example.response)) for item in items)
+    longest = max(len(response_tokens(base, item.example.response)[0]) for item in items)
     return min(LONGEST, -(-2 * longest // 64) * 64)
 
 

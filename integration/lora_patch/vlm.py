@@ -9,7 +9,7 @@ file gives them: plain arrays and the static description of a decoder layer.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,12 +95,16 @@ def _first_line(error: BaseException) -> str:
 # -- examples to tokens -----------------------------------------------------------------------------------------------
 
 
+Spans = Sequence[tuple[int, int]]  # [start, stop) in characters
+SENTINEL = "\ufdd0"  # a character that no text may hold (Unicode 23.7), where a prompt's place is to be found
+
+
 @dataclass
 class Encoded:
     """One example as the model sees it. ``completion_mask`` marks the tokens that the loss counts."""
 
     input_ids: np.ndarray  # int32 [L]
-    completion_mask: np.ndarray  # bool [L]: response and end of turn
+    completion_mask: np.ndarray  # bool [L]: response and end of turn, less what is masked
     pixel_values: np.ndarray | None  # float32 [patches, 3 * 2 * patch * patch]
     image_grid_thw: np.ndarray | None  # int32 [images, 3], in patches
 
@@ -108,37 +112,57 @@ class Encoded:
         return len(self.input_ids)
 
 
-def encode(base: Base, prompt: str, photos: list, response: str | None = None) -> Encoded:
+def encode(base: Base, prompt: str, photos: list, response: str | None = None, masked_spans: Spans = ()) -> Encoded:
     """Turn photographs (PIL, RGB) and the full prompt text into tokens, exactly as the service sends them.
 
     One user message: the images, then the text, through the chat template with the generation prompt. With a
     ``response`` its tokens and the end of turn follow; the response is tokenized on its own, because that is where
-    generation starts. Raises `LoraError` if the response holds an image placeholder.
+    generation starts. Tokens that touch one of ``masked_spans`` are not marked in the completion mask. The name of a
+    special token in prompt or response is text: it never becomes the token.
     """
     from mlx_vlm.prompt_utils import apply_chat_template
     from mlx_vlm.utils import process_inputs
 
-    text = apply_chat_template(base.processor, base.config, prompt, num_images=len(photos))
-    inputs = process_inputs(base.processor, [text], images=list(photos) or None, return_tensors="np")
+    named = any(name in prompt for name in special_tokens(base))
+    text = apply_chat_template(base.processor, base.config, SENTINEL if named else prompt, num_images=len(photos))
+    head, _, tail = text.partition(SENTINEL) if named else (text, "", "")
+    inputs = process_inputs(base.processor, [head], images=list(photos) or None, return_tensors="np")
     ids = np.asarray(inputs["input_ids"]).reshape(-1).astype(np.int32)
+    if named:
+        after = base.processor.tokenizer.encode(tail, add_special_tokens=False)
+        ids = np.concatenate([ids, _text_tokens(base, prompt)[0], after]).astype(np.int32)
     mask = np.zeros(len(ids), dtype=bool)
     if response is not None:
-        answer = response_ids(base, response)
-        ids = np.concatenate([ids, answer])
-        mask = np.concatenate([mask, np.ones(len(answer), dtype=bool)])
+        answer, supervised = response_tokens(base, response, masked_spans)
+        ids, mask = np.concatenate([ids, answer]), np.concatenate([mask, supervised])
     if not photos:
         return Encoded(ids, mask, None, None)
     pixels = np.asarray(inputs["pixel_values"], dtype=np.float32)
     return Encoded(ids, mask, pixels, np.asarray(inputs["image_grid_thw"]).astype(np.int32))
 
 
-def response_ids(base: Base, response: str) -> np.ndarray:
-    """Return the supervised tokens, int32: the response and the end of turn."""
-    tokenizer = base.processor.tokenizer
-    ids = tokenizer.encode(response, add_special_tokens=False)
-    if base.model.config.image_token_id in ids or base.model.config.video_token_id in ids:
-        raise LoraError(f"the response holds an image placeholder token: {response[:60]!r}")
-    return np.array([*ids, tokenizer.convert_tokens_to_ids(END_OF_TURN)], dtype=np.int32)
+def response_tokens(base: Base, response: str, masked_spans: Spans = ()) -> tuple[np.ndarray, np.ndarray]:
+    """Return (tokens int32 [N], supervised bool [N]) of a response and the end of turn.
+
+    A token is supervised unless it overlaps one of ``masked_spans``: [start, stop) in characters of the response.
+    """
+    ids, places = _text_tokens(base, response)
+    supervised = [not any(a < stop and start < b for start, stop in masked_spans) for a, b in places]
+    end = base.processor.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    return np.array([*ids, end], dtype=np.int32), np.array([*supervised, True], dtype=bool)
+
+
+def special_tokens(base: Base) -> list[str]:
+    """Return the names of the tokenizer's special tokens, such as <|im_end|>."""
+    return [token.content for token in base.processor.tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _text_tokens(base: Base, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return (ids, [start, stop) in characters of each) of a text in which names of special tokens are text."""
+    found = base.processor.tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
+    return found["input_ids"], found["offset_mapping"]
 
 
 # -- what the frozen base makes constant ------------------------------------------------------------------------------

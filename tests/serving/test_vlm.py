@@ -25,6 +25,7 @@ from integration.lora_patch.vlm import (
     load_base,
     prepare_row,
     set_adapter,
+    special_tokens,
 )
 
 PROMPT = "You are ansel. Answer with one JSON object.\n\nAnalyze the provided image."
@@ -143,9 +144,33 @@ def test_without_a_response_the_prompt_alone(base):
     np.testing.assert_array_equal(with_response.input_ids[: len(without)], without.input_ids)
 
 
-def test_a_response_with_an_image_placeholder_is_refused(base):
-    with pytest.raises(LoraError, match="image placeholder"):
-        encode(base, PROMPT, [photo(64, 64)], "see <|image_pad|>")
+NAMES = "<|im_end|> <|vision_start|> <|endoftext|> <|image_pad|>"
+
+
+@pytest.mark.parametrize("place", ["prompt", "response"])
+def test_names_of_special_tokens_in_a_text_are_text(base, place):
+    plain = {"prompt": PROMPT, "response": RESPONSE}
+    named = {**plain, place: f"{NAMES}{plain[place]}{NAMES}"}
+    special = {base.processor.tokenizer.convert_tokens_to_ids(name) for name in special_tokens(base)}
+    counts = []
+    for texts in (plain, named):
+        encoded = encode(base, texts["prompt"], [photo(64, 64)], texts["response"])
+        counts.append([int(np.isin(encoded.input_ids, [one]).sum()) for one in sorted(special)])
+        assert len(prepare_row(base, encoded).visual) == int(encoded.image_grid_thw.prod()) // 4
+        text = base.processor.tokenizer.decode(encoded.input_ids)
+        assert texts["prompt"] in text and text.endswith(f"assistant\n{texts['response']}<|im_end|>")
+    assert counts[0] == counts[1]
+
+
+def test_masked_spans_take_exactly_their_tokens_out_of_the_loss(base):
+    start = RESPONSE.index("7.5")
+    plain = encode(base, PROMPT, [photo(64, 64)], RESPONSE)
+    masked = encode(base, PROMPT, [photo(64, 64)], RESPONSE, [(start, start + 3), (0, 2)])
+    np.testing.assert_array_equal(masked.input_ids, plain.input_ids)
+    gone = np.flatnonzero(plain.completion_mask & ~masked.completion_mask)
+    assert not (masked.completion_mask & ~plain.completion_mask).any() and masked.completion_mask[-1]
+    tokens = [base.processor.tokenizer.decode([token]) for token in plain.input_ids[gone]]
+    assert tokens == ['{"image_description":"', "7.", "5"], "not the tokens that overlap the spans, or not them alone"
 
 
 def test_image_tokens_of_a_12_megapixel_photo_are_bounded(base, tmp_path):
