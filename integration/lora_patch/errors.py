@@ -10,3 +10,13 @@ def refuse(problems: list[str], limit: int = 20) -> None:
     if problems:
         more = [f"... and {len(problems) - limit} more"] if len(problems) > limit else []
         raise LoraError("\n  ".join(problems[:limit] + more))
+
+
+def one_line(error: BaseException | str) -> str:
+    """Return an error's message on one line of at most 400 characters."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def first_of(problems: list[str]) -> str:
+    """Return the first of several problems and how many more there are."""
+    return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")

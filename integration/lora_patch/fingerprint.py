@@ -6,7 +6,8 @@ import re
 import struct
 from pathlib import Path
 
-MAX_HEADER = 100_000_000  # bytes; the limit that the safetensors format itself sets
+from .errors import LoraError
+from .files import read_json, safetensors_header
 
 # config fields that give the shapes and the arithmetic of the language model and the vision tower
 TEXT_SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -21,10 +22,10 @@ def base_fingerprint(folder: Path, name: str) -> dict:
     ``architecture``: SHA-256 of the config's shape-giving fields. ``norms``: SHA-256 of the language model's RMSNorm
     weights as float32, which quantizing leaves as they are: equal for a model and its 4-bit conversion, different for
     any other training. ``weights``: SHA-256 over the language model's tensors (name, dtype, shape, first 4 KiB).
-    Raises ValueError when config or weights are missing or damaged.
+    Raises LoraError when config or weights are missing or damaged.
     """
     folder = Path(folder)
-    config = _config(folder / "config.json")
+    config = read_json(folder / "config.json")
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     shape = [config.get("model_type"), [text.get(f) for f in TEXT_SHAPE], [vision.get(f) for f in VISION_SHAPE]]
     norms, weights = _weights(folder)
@@ -70,18 +71,6 @@ def _quantization(settings: dict | None) -> dict | None:
     }
 
 
-def _config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; name a folder that holds a whole model") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: a JSON object was expected")
-    return config
-
-
 def _weights(folder: Path) -> tuple[str, str]:
     """Return the hashes of the norms and of the language model's tensors, read from the files' headers and heads."""
     found = {}
@@ -98,35 +87,13 @@ def _weights(folder: Path) -> tuple[str, str]:
                     limit = 1 << 20 if key.endswith("norm.weight") else 4096
                     found[key] = (tensor["dtype"], tensor["shape"], file.read(min(limit, last - first)))
     if not found:
-        raise ValueError(f"{folder}: no language-model weights in .safetensors; name a folder that holds a whole model")
+        raise LoraError(f"{folder}: no language-model weights in .safetensors; name a folder that holds a whole model")
     norms, weights = hashlib.sha256(), hashlib.sha256()
     for key, (dtype, shape, data) in sorted(found.items()):
         weights.update(f"{key} {dtype} {shape}\n".encode() + data[:4096])
         if key.endswith("norm.weight"):
             norms.update(key.encode() + _as_float32(dtype, data))
     return norms.hexdigest(), weights.hexdigest()
-
-
-def safetensors_header(file, path: Path) -> tuple[dict, int]:
-    """Read a safetensors file's header: ({tensor name: dtype, shape, data_offsets}, where the data start).
-
-    Format: 8 bytes little-endian length, then that much JSON (huggingface.co/docs/safetensors). Raises ValueError.
-    """
-    size = path.stat().st_size
-    head = file.read(8)
-    length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-    if not 2 <= length <= min(MAX_HEADER, size - 8):
-        raise ValueError(f"{path}: not a safetensors file (a header of {length:,} bytes in a file of {size:,})")
-    try:
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name, tensor in header.items():
-            first, last = tensor["data_offsets"]
-            if not 0 <= first <= last <= size - 8 - length or not isinstance(tensor["shape"], list):
-                raise ValueError(f"tensor {name} lies outside the file")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged safetensors header ({error})") from error
-    return header, 8 + length
 
 
 def _as_float32(dtype: str, data: bytes) -> bytes:

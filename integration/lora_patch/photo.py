@@ -27,13 +27,18 @@ def load_photo(path: str | os.PathLike, max_image_size: int = MAX_IMAGE_SIZE) ->
                     raise PhotoError(f"{path}: {image.width} x {image.height} pixels, taken for a decompression bomb")
                 # a JPEG is decoded at the nearest larger eighth: a 12-megapixel photograph needs 4 MB instead of 36
                 image.draft("RGB", (max_image_size, max_image_size))
-                return _bounded(_rgb(ImageOps.exif_transpose(image)), max_image_size)
+                return prepare_image(image, max_image_size)
     except PhotoError:
         raise
     except FileNotFoundError as error:
         raise PhotoError(f"{path}: no such photograph") from error
     except (OSError, ValueError, SyntaxError, MemoryError, OverflowError, Image.DecompressionBombError) as error:
         raise PhotoError(f"{path}: not a readable photograph ({' '.join(str(error).split())[:120]})") from error
+
+
+def prepare_image(image: Image.Image, max_image_size: int = MAX_IMAGE_SIZE) -> Image.Image:
+    """Return a picture in memory as `load_photo` returns one from a file."""
+    return _bounded(_rgb(ImageOps.exif_transpose(image)), max_image_size)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

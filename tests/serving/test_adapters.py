@@ -1,6 +1,5 @@
-"""Adapters as lora_patch.py reads them: of this and other software, hostile ones, sums, parity with training."""
+"""Adapters as the package reads them: of this and other software, hostile ones, sums, parity with training."""
 
-import inspect
 import json
 import math
 import struct
@@ -15,8 +14,18 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image, ImageOps
 
-from integration.lora_patch import fingerprint, photo, prompts
-from integration.lora_patch import service as lora_patch
+from integration.lora_patch import hooks, photo
+from integration.lora_patch.adapters import read_adapter
+from integration.lora_patch.answering import Answering
+from integration.lora_patch.arms import Breaker, job_of_request
+from integration.lora_patch.base import check_base, read_base
+from integration.lora_patch.calls import Call, prepared
+from integration.lora_patch.errors import LoraError
+from integration.lora_patch.flags import flags
+from integration.lora_patch.in_use import AdaptersInUse
+from integration.lora_patch.jobs import Recorder
+from integration.lora_patch.sources import Source, find_sources
+from integration.lora_patch.switching import Use, make_switchable, switched_on
 from integration.lora_patch.vlm import encode, load_base
 from tests.sample.make_tree import sample_prompt
 from tests.standin.running import linear_shapes, make_adapter, random_lora
@@ -25,8 +34,8 @@ ONE = "language_model.model.layers.0.self_attn.q_proj"
 PEFT = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
 
 
-def source(*folders, version="v1", weights=None) -> lora_patch.Source:
-    return lora_patch.Source(tuple(zip(folders, weights or [1.0] * len(folders), strict=True)), version)
+def source(*folders, version="v1", weights=None) -> Source:
+    return Source(tuple(zip(folders, weights or [1.0] * len(folders), strict=True)), version)
 
 
 @pytest.fixture
@@ -53,39 +62,12 @@ def save(folder: Path, tensors: dict, config: dict, name: str) -> Path:
 
 
 def with_adapter(model, adapter):
-    lora_patch.make_switchable(model, adapter)
-    with lora_patch._switched_on(lora_patch._Use(adapter)):
+    make_switchable(model, adapter)
+    with switched_on(Use(adapter)):
         return logits(model)
 
 
-# -- the functions that training has too -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("module", "names"),
-    [
-        (photo, ["PhotoError", "load_photo", "_rgb", "_bounded"]),
-        (
-            fingerprint,
-            [
-                "base_fingerprint",
-                "compare_fingerprints",
-                "_quantization",
-                "_config",
-                "_weights",
-                "safetensors_header",
-                "_as_float32",
-            ],
-        ),
-        (prompts, ["build_prompt", "demands_html"]),
-    ],
-)
-def test_the_copied_functions_are_the_training_code_s(module, names):
-    for name in names:
-        assert inspect.getsource(getattr(lora_patch, name)) == inspect.getsource(getattr(module, name)), name
-    for name in ("MAX_IMAGE_SIZE", "MAX_PIXELS", "MAX_HEADER", "TEXT_SHAPE", "VISION_SHAPE"):
-        if hasattr(module, name):
-            assert getattr(lora_patch, name) == getattr(module, name)
+# -- photographs -------------------------------------------------------------------------------------------------------
 
 
 def picture(kind: str, folder: Path) -> Path:
@@ -122,17 +104,17 @@ def test_serving_sends_what_training_trained_on(kind, tmp_path, tiny_base, base,
         seen.append((ids, pixels, more)),
         embed(ids, pixels, **more),
     )[1]
-    service = lora_patch.Service()
-    service.table, service.mode = {"*": lora_patch.read_adapter(source(adapter))}, "fine_tuned"
-    service.table["*"].breaker = lora_patch.Breaker(20, 1.0)
-    lora_patch.make_switchable(model, service.table["*"])
-    monkeypatch.setattr(lora_patch, "_service", service)
-    monkeypatch.setitem(lora_patch.flags, "use_fine_tuned", True)
-    monkeypatch.setitem(lora_patch.flags, "fallback_on_invalid", False)
-    lora_patch.choose("job", "ansel")
+    adapters = AdaptersInUse()
+    adapters.table, adapters.mode = {"*": read_adapter(source(adapter))}, "fine_tuned"
+    adapters.table["*"].breaker = Breaker(20, 1.0)
+    make_switchable(model, adapters.table["*"])
+    monkeypatch.setattr(hooks, "service", Answering(adapters, Recorder()))
+    monkeypatch.setattr(flags, "use_fine_tuned", True)
+    monkeypatch.setattr(flags, "fallback_on_invalid", False)
+    hooks.choose("job", "ansel")
     prompt = mlx_vlm.apply_chat_template(processor, model.config, sample_prompt("ansel"), num_images=1)
-    lora_patch.generation(mlx_vlm.generate)(model, processor, prompt, image=[str(file)], max_tokens=1, temperature=0.0)
-    assert lora_patch._job.get().model_used == "fine_tuned"
+    hooks.generation(mlx_vlm.generate)(model, processor, prompt, image=[str(file)], max_tokens=1, temperature=0.0)
+    assert job_of_request.get().model_used == "fine_tuned"
 
     trained = encode(load_base(tiny_base), sample_prompt("ansel"), [photo.load_photo(file)])
     ids, pixels, more = seen[0]
@@ -149,16 +131,16 @@ def test_our_adapter_gives_what_mlx_vlm_gives_with_it(base, tiny_base, adapter):
     theirs.eval()
     model, _ = base
     plain = logits(model)
-    assert np.array_equal(with_adapter(model, lora_patch.read_adapter(source(adapter))), logits(theirs))
+    assert np.array_equal(with_adapter(model, read_adapter(source(adapter))), logits(theirs))
     assert np.array_equal(logits(model), plain)  # switched off again: to the last bit what it was
 
 
 def test_the_layers_keep_names_weights_and_kind(base, adapter):
     model, _ = base
     before = {name: id(value) for name, value in tree_flatten(model.parameters())}
-    read = lora_patch.read_adapter(source(adapter))
-    lora_patch.make_switchable(model, read)
-    lora_patch.make_switchable(model, read)
+    read = read_adapter(source(adapter))
+    make_switchable(model, read)
+    make_switchable(model, read)
     assert {name: id(value) for name, value in tree_flatten(model.parameters())} == before
     assert all(isinstance(layer.mlp.up_proj, nn.Linear) for layer in model.language_model.model.layers)
 
@@ -168,7 +150,7 @@ def test_a_quantized_base(base, tiny_base, adapter, bits):
     model, _ = base
     nn.quantize(model.language_model, group_size=32, bits=bits)
     plain = logits(model)
-    read = lora_patch.read_adapter(source(adapter))
+    read = read_adapter(source(adapter))
     changed = with_adapter(model, read)
     assert np.abs(changed - plain).max() > 0.1 and np.array_equal(logits(model), plain)
 
@@ -200,19 +182,19 @@ PEFT_ADAPTERS = {
 def test_an_adapter_of_peft(kind, base, tmp_path, tiny_base, adapter):
     config, rename = PEFT_ADAPTERS[kind]
     other = peft_folder(tmp_path / "peft", tiny_base, config, rename or (lambda name: name))
-    read = lora_patch.read_adapter(source(other))
+    read = read_adapter(source(other))
     assert read.trained_on is None and read.ranks == [4]
     model, _ = base
-    assert np.array_equal(with_adapter(model, read), with_adapter(model, lora_patch.read_adapter(source(adapter))))
+    assert np.array_equal(with_adapter(model, read), with_adapter(model, read_adapter(source(adapter))))
 
 
 def test_rank_stabilised_and_per_module_scales(tmp_path, tiny_base):
     folder = peft_folder(tmp_path / "rs", tiny_base, {"use_rslora": True, "alpha_pattern": {"layers.0.*q_proj": 2}})
-    layers = lora_patch.read_adapter(source(folder)).layers
+    layers = read_adapter(source(folder)).layers
     assert layers[ONE][2] == 2 / math.sqrt(4)
     assert layers[ONE.replace("q_proj", "k_proj")][2] == 8 / math.sqrt(4)
     ranks = {"rank_pattern": {"self_attn.q_proj": 4}, "r": 4, "alpha_pattern": {"self_attn.q_proj": 16}}
-    layers = lora_patch.read_adapter(source(peft_folder(tmp_path / "pattern", tiny_base, ranks))).layers
+    layers = read_adapter(source(peft_folder(tmp_path / "pattern", tiny_base, ranks))).layers
     assert layers[ONE][2] == 4.0 and layers[ONE.replace("q_proj", "v_proj")][2] == 2.0
 
 
@@ -229,14 +211,14 @@ def test_an_adapter_of_mlx_vlm(config, base, tmp_path, tiny_base, adapter):
         tensors = {name.replace("lora_a", "A").replace("lora_b", "B"): value for name, value in tensors.items()}
     other = save(tmp_path / "mlx", tensors, config, "adapters.safetensors")
     model, _ = base
-    expected = with_adapter(model, lora_patch.read_adapter(source(adapter)))
-    assert np.array_equal(with_adapter(model, lora_patch.read_adapter(source(other))), expected)
+    expected = with_adapter(model, read_adapter(source(adapter)))
+    assert np.array_equal(with_adapter(model, read_adapter(source(other))), expected)
 
 
 def test_half_precision_is_kept(tmp_path, tiny_base):
     tensors = {name: value.astype(mx.bfloat16) for name, value in random_lora(tiny_base, 1).items()}
     folder = save(tmp_path / "half", tensors, {"lora_parameters": {"rank": 4, "scale": 2.0}}, "adapters.safetensors")
-    a, _, _ = lora_patch.read_adapter(source(folder)).layers[ONE]
+    a, _, _ = read_adapter(source(folder)).layers[ONE]
     assert a.dtype == mx.bfloat16 and mx.array_equal(a, tensors[f"{ONE}.lora_a"])
 
 
@@ -248,8 +230,8 @@ def test_a_weighted_sum_is_the_exact_sum_of_the_updates(tmp_path, tiny_base, bas
         make_adapter(tmp_path / "a", tiny_base, 1, rank=4),
         make_adapter(tmp_path / "b", tiny_base, 2, rank=3, alpha=9),
     ]
-    both = lora_patch.read_adapter(source(*folders, weights=[0.7, -0.3]))
-    one, two = (lora_patch.read_adapter(source(folder)) for folder in folders)
+    both = read_adapter(source(*folders, weights=[0.7, -0.3]))
+    one, two = (read_adapter(source(folder)) for folder in folders)
     assert both.ranks == [7]
     for module, (a, b, scale) in both.layers.items():
         parts = [weight * s * (x @ y) for weight, (x, y, s) in ((0.7, one.layers[module]), (-0.3, two.layers[module]))]
@@ -266,9 +248,9 @@ def test_a_weighted_sum_is_the_exact_sum_of_the_updates(tmp_path, tiny_base, bas
 def test_a_weight_of_one_is_the_adapter_itself(tmp_path, tiny_base, base):
     folder = make_adapter(tmp_path / "a", tiny_base, 1)
     model, _ = base
-    one = with_adapter(model, lora_patch.read_adapter(source(folder)))
-    assert np.array_equal(with_adapter(model, lora_patch.read_adapter(source(folder, weights=[1.0]))), one)
-    nothing = with_adapter(model, lora_patch.read_adapter(source(folder, weights=[0.0])))
+    one = with_adapter(model, read_adapter(source(folder)))
+    assert np.array_equal(with_adapter(model, read_adapter(source(folder, weights=[1.0]))), one)
+    nothing = with_adapter(model, read_adapter(source(folder, weights=[0.0])))
     assert np.array_equal(nothing, logits(model))
 
 
@@ -281,14 +263,14 @@ def test_switching_costs_microseconds_and_memory_grows_by_the_adapter_alone(tmp_
     folder = make_adapter(tmp_path / "a", tiny_base, 1, rank=32)
     mx.clear_cache()
     before = mx.get_active_memory()
-    adapter = lora_patch.read_adapter(source(folder))
-    lora_patch.make_switchable(model, adapter)
+    adapter = read_adapter(source(folder))
+    make_switchable(model, adapter)
     grown = mx.get_active_memory() - before
     assert adapter.nbytes <= grown < adapter.nbytes + 4096 * 2 * len(adapter.layers)  # a page an array at most
-    use = lora_patch._Use(adapter)
+    use = Use(adapter)
     started = time.perf_counter()
     for _ in range(1000):
-        with lora_patch._switched_on(use):
+        with switched_on(use):
             pass
     assert (time.perf_counter() - started) / 1000 < 100e-6
 
@@ -391,32 +373,28 @@ HOSTILE = {
 def test_a_hostile_adapter_is_refused_with_one_line(kind, adapter, tiny_base):
     spoil, expected = HOSTILE[kind]
     spoil(adapter, tiny_base)
-    with pytest.raises(lora_patch.LoraError) as refused:
-        lora_patch.read_adapter(source(adapter))
+    with pytest.raises(LoraError) as refused:
+        read_adapter(source(adapter))
     assert expected in str(refused.value) and "\n" not in str(refused.value) and str(adapter) in str(refused.value)
 
 
 def test_peft_tensors_that_its_config_leaves_out_are_refused(tmp_path, tiny_base):
     folder = peft_folder(tmp_path / "peft", tiny_base, {"target_modules": ["q_proj"]})
-    with pytest.raises(lora_patch.LoraError, match="target_modules leaves it out"):
-        lora_patch.read_adapter(source(folder))
+    with pytest.raises(LoraError, match="target_modules leaves it out"):
+        read_adapter(source(folder))
     only = peft_folder(tmp_path / "only", tiny_base, {"target_modules": ["q_proj"]}, modules=["q_proj"])
-    assert set(lora_patch.read_adapter(source(only)).layers) == {
-        m for m in linear_shapes(tiny_base) if m.endswith("q_proj")
-    }
+    assert set(read_adapter(source(only)).layers) == {m for m in linear_shapes(tiny_base) if m.endswith("q_proj")}
 
 
 def test_shapes_of_another_model_are_refused_before_and_after_loading(tmp_path, tiny_base, base, adapter):
-    read = lora_patch.read_adapter(source(adapter))
+    read = read_adapter(source(adapter))
     a, b, scale = read.layers[ONE]
     read.layers[ONE] = (mx.zeros((64, 4)), b, scale)
     read.layers["language_model.model.layers.77.mlp.up_proj"] = (a, b, scale)
-    with pytest.raises(
-        lora_patch.LoraError, match=r"made for 64 -> 128, the served model has 128 -> 128 \(and 1 more\)"
-    ):
-        lora_patch.make_switchable(base[0], read)
-    with pytest.raises(lora_patch.LoraError, match=r"made for 64 -> 128"):
-        lora_patch.check_base(read, lora_patch.read_base(str(tiny_base)))
+    with pytest.raises(LoraError, match=r"made for 64 -> 128, the served model has 128 -> 128 \(and 1 more\)"):
+        make_switchable(base[0], read)
+    with pytest.raises(LoraError, match=r"made for 64 -> 128"):
+        check_base(read, read_base(str(tiny_base)))
 
 
 def test_linear_layers_are_read_from_files_as_from_the_model(tiny_base, base, tmp_path):
@@ -426,7 +404,7 @@ def test_linear_layers_are_read_from_files_as_from_the_model(tiny_base, base, tm
     (tmp_path / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(model.parameters())))
     for folder in (tiny_base, tmp_path):
-        found = lora_patch.read_base(str(folder)).linear
+        found = read_base(str(folder)).linear
         assert {name: found[name] for name in linear_shapes(tiny_base)} == linear_shapes(tiny_base)
 
 
@@ -438,19 +416,19 @@ def test_another_base_is_refused_naming_both(adapter, tiny_base):
         "shape": "36 layers",
     }
     (adapter / "training_args.json").write_text(json.dumps({"base_fingerprint": other}))
-    read = lora_patch.read_adapter(source(adapter))
-    with pytest.raises(lora_patch.LoraError) as refused:
-        lora_patch.check_base(read, lora_patch.read_base(str(tiny_base)))
+    read = read_adapter(source(adapter))
+    with pytest.raises(LoraError) as refused:
+        check_base(read, read_base(str(tiny_base)))
     assert "Qwen/Qwen3-VL-8B-Instruct" in str(refused.value) and str(tiny_base) in str(refused.value)
     (adapter / "training_args.json").write_text(json.dumps({"base_fingerprint": trained["base_fingerprint"]}))
-    assert lora_patch.check_base(lora_patch.read_adapter(source(adapter)), lora_patch.read_base(str(tiny_base))) == []
+    assert check_base(read_adapter(source(adapter)), read_base(str(tiny_base))) == []
 
 
 # -- which adapters ----------------------------------------------------------------------------------------------------
 
 
 def found(lora_path=None, model_config=None) -> dict:
-    sources, mode = lora_patch.find_sources(lora_path and str(lora_path), model_config and str(model_config))
+    sources, mode = find_sources(lora_path and str(lora_path), model_config and str(model_config))
     return {who: (s.version, [(folder.name, weight) for folder, weight in s.parts]) for who, s in sources.items()} | (
         {"mode": mode} if model_config else {}
     )
@@ -535,7 +513,7 @@ def test_a_folder_of_versions(tree):
     ],
 )
 def test_a_lora_path_that_cannot_be_followed(lora_path, expected, tree):
-    with pytest.raises(lora_patch.LoraError, match=expected):
+    with pytest.raises(LoraError, match=expected):
         found(lora_path)
 
 
@@ -569,9 +547,9 @@ def test_model_config_names_models_and_the_active_one(tree):
 def test_a_model_config_cannot_leave_its_folder(path, tree):
     (tree / "models" / "link").symlink_to("/etc")
     config = configure(tree, models={"evil": {"lora_path": path}}, active_model="evil")
-    with pytest.raises(lora_patch.LoraError, match="lies outside|is no path"):
+    with pytest.raises(LoraError, match="lies outside|is no path"):
         found(None, config)
-    with pytest.raises(lora_patch.LoraError, match="lies outside|is no path"):
+    with pytest.raises(LoraError, match="lies outside|is no path"):
         found(record(tree, adapter={"models/link": "../link"}.get(path, path.replace("ansel=", "../"))))
 
 
@@ -585,7 +563,7 @@ def test_a_model_config_cannot_leave_its_folder(path, tree):
     ],
 )
 def test_a_broken_model_config(content, expected, tree):
-    with pytest.raises(lora_patch.LoraError, match=expected):
+    with pytest.raises(LoraError, match=expected):
         found(None, configure(tree, **content))
 
 
@@ -598,21 +576,21 @@ def test_a_deployed_adapter_must_be_the_one_that_was_deployed(tmp_path, tiny_bas
         for name in ("adapter_config.json", "adapters.safetensors")
     }
     path = record(tmp_path, sha256=hashes)
-    sources, _ = lora_patch.find_sources(str(path), None)
-    assert lora_patch.read_adapter(sources["ansel"]).version == "v2"
+    sources, _ = find_sources(str(path), None)
+    assert read_adapter(sources["ansel"]).version == "v2"
     make_adapter(folder, tiny_base, 2)
-    with pytest.raises(lora_patch.LoraError, match="not the file that was deployed"):
-        lora_patch.read_adapter(sources["ansel"])
+    with pytest.raises(LoraError, match="not the file that was deployed"):
+        read_adapter(sources["ansel"])
     (folder / "adapters.safetensors").unlink()
-    with pytest.raises(lora_patch.LoraError, match="adapters.safetensors, which was deployed, is missing"):
-        lora_patch.read_adapter(sources["ansel"])
+    with pytest.raises(LoraError, match="adapters.safetensors, which was deployed, is missing"):
+        read_adapter(sources["ansel"])
 
 
 def test_exif_is_applied_to_a_picture_in_memory_too(tmp_path):
     file = picture("EXIF-rotated", tmp_path)
     with Image.open(file) as image:
-        call = lora_patch._Call(lambda image: image, (image,), {})
-        with lora_patch._prepared(call, 300):
+        call = Call(lambda image: image, (image,), {})
+        with prepared(call, 300):
             seen = call.args[0]
         assert seen.size == (200, 300) and call.args[0] is image
         assert seen.getpixel((0, 0)) == ImageOps.exif_transpose(image).resize(

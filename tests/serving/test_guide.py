@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from integration.lora_patch import service as lora_patch
+from integration.lora_patch.flags import Flags, add_arguments
+from integration.lora_patch.jobs import COLUMNS
 from tests.standin.running import ROOT, STANDIN, deploy, free_port, make_adapter
 
 GUIDE = (ROOT / "integration" / "LORA_SERVICE_INTEGRATION.md").read_text()
@@ -61,11 +62,11 @@ def test_the_guide_followed_line_by_line(tmp_path, tiny_base, sample_tree):
     replies = [json.loads(text) for text in re.findall(r"^\{.*\}$", said["9"], re.M)]
     assert [reply["adapters"] for reply in replies] == [{"ansel": "v1"}, {}] and replies[1]["model_mode"] == "base"
     assert "byte for byte as it was" in said["10"] and service.read_bytes() == STANDIN.read_bytes()
-    assert not (folder / "lora_patch.py").exists()
+    assert not (folder / "lora_patch").exists()
 
 
 def test_the_guide_names_every_flag_with_its_default():
-    parser = lora_patch.add_arguments(argparse.ArgumentParser(add_help=False))
+    parser = add_arguments(argparse.ArgumentParser(add_help=False))
     rows = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", GUIDE, re.M))
     assert list(rows) == [action.option_strings[0] for action in parser._actions]
     shown = {name: default.strip("`") for name, default in rows.items() if default and "`--" not in default}
@@ -73,19 +74,19 @@ def test_the_guide_names_every_flag_with_its_default():
         "--lora_path": "none",
         "--model_config": "none",
         "--model_mode": "base",
-        "--ab_test_split": str(lora_patch.DEFAULTS["ab_test_split"]),
+        "--ab_test_split": str(Flags.ab_test_split),
         "--use_fine_tuned": "off",
         "--jobs_db": "the service's",
         "--fallback_on_invalid": "on",
         "--allow_arm_override": "off",
-        "--breaker_window": str(lora_patch.DEFAULTS["breaker_window"]),
-        "--breaker_bound": str(lora_patch.DEFAULTS["breaker_bound"]),
+        "--breaker_window": str(Flags.breaker_window),
+        "--breaker_bound": str(Flags.breaker_bound),
     }
 
 
 def test_the_guide_shows_the_lines_and_columns():
     assert f"```diff\n{(ROOT / 'integration' / 'service.diff').read_text()}```" in GUIDE
-    assert all(f"| `{column}` |" in GUIDE for column in lora_patch.COLUMNS)
+    assert all(f"| `{column}` |" in GUIDE for column in COLUMNS)
     config = json.loads(re.search(r"```json\n(.*?)```", GUIDE, re.S)[1])
     assert config["active_model"] in config["models"]
 

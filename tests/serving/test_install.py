@@ -1,4 +1,4 @@
-"""`lora_patch.py install`: on the stand-in, on other services of the family, on files of other habits; refusals."""
+"""`install`: on the stand-in, on other services of the family, on files of other habits; refusals."""
 
 import contextlib
 import io
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from integration.lora_patch import service as lora_patch
+from integration.lora_patch.commands import main
+from integration.lora_patch.source_file import BY_HAND
 from tests.standin.running import PATCH, ROOT, STANDIN, VARIANTS
 
 SERVICES = [STANDIN, *VARIANTS]
@@ -23,7 +24,7 @@ def patch_command(*arguments) -> subprocess.CompletedProcess:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            lora_patch.main([str(argument) for argument in arguments])
+            main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code
             if isinstance(code, str):  # what Python prints of it, and makes of it
@@ -82,7 +83,7 @@ def test_install_twice_check_and_uninstall(source, tmp_path):
     assert patch_command("install", "--service", file).returncode == 0
     after = file.read_bytes()
     assert after != before and file.stat().st_mode & 0o777 == 0o750
-    assert (tmp_path / "lora_patch.py").read_bytes() == PATCH.read_bytes()
+    assert contents(tmp_path / "lora_patch") == contents(PATCH)
     assert file.with_name(file.name + ".before_lora").read_bytes() == before
     compile(after, file.name, "exec")
 
@@ -98,6 +99,11 @@ def test_install_twice_check_and_uninstall(source, tmp_path):
     assert file.read_bytes() == before and os.listdir(tmp_path) == [file.name]
     again = patch_command("install", "--service", file, "--uninstall")
     assert again.returncode == 0 and "not installed, nothing to do" in again.stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def tabs(text: str) -> str:
@@ -144,10 +150,11 @@ def test_only_the_standard_library_is_needed(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_module_uses_nothing_of_this_repository():
-    imports = set(re.findall(r"^\s*(?:from|import) ([\w.]+)", PATCH.read_text(), re.M))
-    outside = {name.split(".")[0] for name in imports} - set(sys.stdlib_module_names)
-    assert outside == {"PIL", "huggingface_hub", "mlx", "numpy"}  # all brought by mlx-vlm
+def test_the_package_uses_nothing_of_this_repository():
+    text = "\n".join(path.read_text() for path in PATCH.glob("*.py"))
+    imports = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M))
+    brought_by_mlx_vlm = {"PIL", "huggingface_hub", "llguidance", "mlx", "mlx_vlm", "numpy"}
+    assert imports - set(sys.stdlib_module_names) <= brought_by_mlx_vlm | {"lora_patch"}
 
 
 def test_a_link_to_the_service_is_followed(tmp_path):
@@ -157,7 +164,8 @@ def test_a_link_to_the_service_is_followed(tmp_path):
     link = tmp_path / "service.py"
     link.symlink_to(real)
     assert patch_command("install", "--service", link).returncode == 0
-    assert link.is_symlink() and b"lora_patch" in real.read_bytes() and (real.parent / "lora_patch.py").is_file()
+    assert link.is_symlink() and b"lora_patch" in real.read_bytes()
+    assert (real.parent / "lora_patch" / "hooks.py").is_file()
 
 
 def test_changes_made_since_survive_an_uninstall(tmp_path):
@@ -169,12 +177,41 @@ def test_changes_made_since_survive_an_uninstall(tmp_path):
     assert file.read_text() == TEXT.replace('"status": "UP"', '"status": "FINE"').replace("timeout=30", "timeout=60")
 
 
-def test_an_older_module_beside_the_service_is_brought_up_to_date(tmp_path):
+@pytest.mark.parametrize("how", ["single file", "older folder", "not ours"])
+def test_what_lies_beside_the_service_is_brought_up_to_date(how, tmp_path):
+    """A service patched with the one file of before gets the folder; an older folder is replaced as a whole."""
     file, _ = installed(tmp_path, TEXT)
-    (tmp_path / "lora_patch.py").write_text("# an older one\n")
+    before, folder = file.read_bytes(), tmp_path / "lora_patch"
+    single = tmp_path / "lora_patch.py"
+    if how == "older folder":
+        (folder / "hooks.py").write_text("# an older one\n")
+        (folder / "gone_since.py").write_text("")
+    else:
+        shutil.rmtree(folder)
+        ours = '"""Serve LoRA adapters from ai_advisor_service.py: arms per request"""\n'
+        single.write_text(ours if how == "single file" else "# somebody else's\n")
     done = patch_command("install", "--service", file)
     assert done.returncode == 0 and "brought up to date" in done.stdout
-    assert (tmp_path / "lora_patch.py").read_bytes() == PATCH.read_bytes()
+    assert contents(folder) == contents(PATCH) and file.read_bytes() == before
+    kept = ["lora_patch.py.before_lora"] if how == "not ours" else []
+    assert sorted(os.listdir(tmp_path)) == sorted([file.name, f"{file.name}.before_lora", "lora_patch", *kept])
+
+
+def test_a_folder_copied_by_hand_serves_its_commands(tmp_path):
+    file = tmp_path / "ai_advisor_service.py"
+    shutil.copy(STANDIN, file)
+    shutil.copytree(PATCH, tmp_path / "lora_patch")
+    for arguments, said in (
+        (["install", "--service", file.name], "6 lines inserted"),
+        (["install", "--service", file.name], "nothing to do"),
+        (["check", "--lora_path", "nowhere"], "lora_patch: nowhere: no such adapter folder"),
+        (["report", "--db", "nowhere.db"], "lora_patch: nowhere.db: no such database"),
+        (["install", "--service", file.name, "--uninstall"], "byte for byte"),
+    ):
+        command = [sys.executable, "lora_patch", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert file.read_bytes() == STANDIN.read_bytes() and os.listdir(tmp_path) == [file.name]
 
 
 def test_a_service_in_a_package_finds_the_module_either_way(tmp_path):
@@ -398,7 +435,7 @@ def test_what_is_not_understood_is_refused_and_left_alone(kind, tmp_path):
 def test_a_refusal_names_the_lines_to_add_by_hand(tmp_path):
     said = refused(tmp_path, REFUSED["a worker's queue"][0])
     assert "nothing was changed; lines to add by hand:" in said
-    assert lora_patch.BY_HAND["choose"] in said and lora_patch.BY_HAND["attach"] not in said
+    assert BY_HAND["choose"] in said and BY_HAND["attach"] not in said
 
 
 def test_a_file_that_may_not_be_written(tmp_path):

@@ -1,45 +1,48 @@
-"""Assignment, breaker and answers' validity; the jobs table: migration under fire, recording, and the report."""
+"""Assignment, breaker and answers' validity; the jobs table: migration under fire, recording."""
 
 import contextlib
 import json
 import math
-import re
-import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from integration.lora_patch import service as lora_patch
-from tests.standin.running import PATCH, ROOT, make_adapter
-
-OLDEST = "CREATE TABLE jobs (id TEXT PRIMARY KEY, filename TEXT, advisor TEXT, status TEXT, analysis_markdown TEXT)"
-
+from integration.lora_patch import hooks
+from integration.lora_patch.adapters import Adapter
+from integration.lora_patch.answering import Answering
+from integration.lora_patch.answers import analysis_problem
+from integration.lora_patch.arms import Breaker, Job, assign, job_of_request
+from integration.lora_patch.errors import LoraError
+from integration.lora_patch.flags import flags
+from integration.lora_patch.in_use import AdaptersInUse
+from integration.lora_patch.jobs import COLUMNS, Recorder, migrate
+from integration.lora_patch.switching import active
+from tests.standin.running import OLDEST, PATCH, ROOT, make_adapter, make_db
 
 # -- assignment, breaker, validity -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_the_split_holds_over_10_000_jobs(split):
-    arms = [lora_patch.assign(f"7dcc520e-3d12-45f2-87f0-{n:012x}", split) for n in range(10_000)]
-    assert arms == [lora_patch.assign(f"7dcc520e-3d12-45f2-87f0-{n:012x}", split) for n in range(10_000)]
+    arms = [assign(f"7dcc520e-3d12-45f2-87f0-{n:012x}", split) for n in range(10_000)]
+    assert arms == [assign(f"7dcc520e-3d12-45f2-87f0-{n:012x}", split) for n in range(10_000)]
     share = arms.count("fine_tuned") / 10_000
     assert abs(share - split) <= 4 * math.sqrt(split * (1 - split) / 10_000)  # one in 16,000 would be further off
 
 
 def test_a_larger_split_moves_no_job_out_of_the_fine_tuned_arm():
-    tuned = [{n for n in range(2000) if lora_patch.assign(str(n), split) == "fine_tuned"} for split in (0.2, 0.5, 0.8)]
+    tuned = [{n for n in range(2000) if assign(str(n), split) == "fine_tuned"} for split in (0.2, 0.5, 0.8)]
     assert tuned[0] < tuned[1] < tuned[2]
 
 
 def test_the_breaker_looks_at_a_sliding_window():
-    breaker = lora_patch.Breaker(window=10, bound=0.3)
+    breaker = Breaker(window=10, bound=0.3)
     for _ in range(20):  # three bad ones in ten, again and again, are within the bound
         assert not any(breaker.note(problem) for problem in ["bad"] * 3 + [None] * 7)
     assert [breaker.note("bad") for _ in range(5)] == [False, False, False, True, False]
@@ -72,29 +75,29 @@ GOOD = '{"dimensions": [{"name": "Composition", "score": 8}, {"name": "Lighting"
     ],
 )
 def test_what_is_a_valid_answer(text, problem):
-    assert lora_patch.analysis_problem(text, JSON_PROMPT) == problem
+    assert analysis_problem(text, JSON_PROMPT) == problem
 
 
 def test_validity_follows_the_prompt():
     html = '<div class="feedback-card"><h3>Composition <span class="dimension-score">(8/10)</span></h3></div>'
-    assert lora_patch.analysis_problem(html, "Output valid HTML with feedback-card") is None
-    assert lora_patch.analysis_problem(GOOD, "Output valid HTML with feedback-card") == "no scored feedback card"
-    assert lora_patch.analysis_problem("A quiet lake at dawn.", "Describe the photograph.") is None
+    assert analysis_problem(html, "Output valid HTML with feedback-card") is None
+    assert analysis_problem(GOOD, "Output valid HTML with feedback-card") == "no scored feedback card"
+    assert analysis_problem("A quiet lake at dawn.", "Describe the photograph.") is None
 
 
 @contextlib.contextmanager
 def serving(monkeypatch, answers, **changed):
     """A service whose model is a function: what it does with each kind of answer of the adapter's."""
-    service = lora_patch.Service()
-    adapter = lora_patch.Adapter({}, "a", "v1", [4], "", None, 1024, lora_patch.Breaker(20, 0.25))
-    service.table, service.mode = {"*": adapter}, "fine_tuned"
-    monkeypatch.setattr(lora_patch, "_service", service)
+    service = Answering(AdaptersInUse(), Recorder())
+    adapter = Adapter({}, "a", "v1", [4], "", None, 1024, Breaker(20, 0.25))
+    service.adapters.table, service.adapters.mode = {"*": adapter}, "fine_tuned"
+    monkeypatch.setattr(hooks, "service", service)
     for name, value in {"use_fine_tuned": True, **changed}.items():
-        monkeypatch.setitem(lora_patch.flags, name, value)
+        monkeypatch.setattr(flags, name, value)
 
-    @lora_patch.generation
+    @hooks.generation
     def run(full_prompt):
-        use = lora_patch._active.get()
+        use = active.get()
         if use is None:
             return "of the base"
         use.happened = True
@@ -106,17 +109,17 @@ def serving(monkeypatch, answers, **changed):
             answer = GOOD
         return answer
 
-    lora_patch._job.set(None)
+    job_of_request.set(None)
     yield service, adapter, run
-    lora_patch._job.set(None)
+    job_of_request.set(None)
 
 
 def test_a_bad_answer_or_an_exception_is_made_good_by_the_base(monkeypatch):
     with serving(monkeypatch, [GOOD, "{", ValueError("no such token")]) as (service, adapter, run):
         seen = []
         for number in range(3):
-            lora_patch.choose(str(number), "ansel")
-            seen.append((run(JSON_PROMPT), lora_patch._job.get().fallback))
+            hooks.choose(str(number), "ansel")
+            seen.append((run(JSON_PROMPT), job_of_request.get().fallback))
         assert seen == [(GOOD, False), ("of the base", True), ("of the base", True)]
         assert service.counts["invalid"] == service.counts["fallback"] == 2 and sum(adapter.breaker.answers) == 2
 
@@ -124,7 +127,7 @@ def test_a_bad_answer_or_an_exception_is_made_good_by_the_base(monkeypatch):
 def test_without_fallback_the_answer_or_exception_is_passed_on(monkeypatch):
     answers = ["{", ValueError("no such token")]
     with serving(monkeypatch, answers, fallback_on_invalid=False) as (service, adapter, run):
-        lora_patch.choose("1", "ansel")
+        hooks.choose("1", "ansel")
         assert run(JSON_PROMPT) == "{"
         with pytest.raises(ValueError, match="no such token"):
             run(JSON_PROMPT)
@@ -133,24 +136,24 @@ def test_without_fallback_the_answer_or_exception_is_passed_on(monkeypatch):
 
 def test_a_slow_answer_counts_as_bad_but_is_used(monkeypatch):
     with serving(monkeypatch, [0.2, GOOD], breaker_time_limit=0.1) as (_, adapter, run):
-        lora_patch.choose("1", "ansel")
+        hooks.choose("1", "ansel")
         assert [run(JSON_PROMPT), run(JSON_PROMPT)] == [GOOD, GOOD]
         assert list(adapter.breaker.answers) == [True, False]
 
 
 def test_an_adapter_that_took_no_part_is_not_claimed_to_have(monkeypatch):
     with serving(monkeypatch, []) as (service, adapter, _):
-        lora_patch.choose("1", "ansel")
-        assert lora_patch.generation(lambda full_prompt: GOOD)(JSON_PROMPT) == GOOD  # the base's, run again
+        hooks.choose("1", "ansel")
+        assert hooks.generation(lambda full_prompt: GOOD)(JSON_PROMPT) == GOOD  # the base's, run again
         assert service.counts["fallback"] == 1 and sum(adapter.breaker.answers) == 1
 
 
 def streaming(answers):
     """A generating function that yields: the adapter's answers piece by piece, or the base's."""
 
-    @lora_patch.generation
+    @hooks.generation
     def run(full_prompt):
-        use = lora_patch._active.get()
+        use = active.get()
         if use is None:
             yield from ("of ", "the base")
             return
@@ -163,7 +166,7 @@ def streaming(answers):
 def test_a_bad_stream_is_made_good_before_anything_of_it_is_passed_on(monkeypatch):
     with serving(monkeypatch, []) as (service, adapter, _):
         run = streaming([[GOOD[:9], GOOD[9:]], ["{", "broken"]])
-        lora_patch.choose("1", "ansel")
+        hooks.choose("1", "ansel")
         assert list(run(JSON_PROMPT)) == [GOOD[:9], GOOD[9:]]
         assert list(run(JSON_PROMPT)) == ["of ", "the base"]
         assert list(adapter.breaker.answers) == [False, True] and not service.generating.locked()
@@ -172,11 +175,11 @@ def test_a_bad_stream_is_made_good_before_anything_of_it_is_passed_on(monkeypatc
 def test_a_stream_that_is_not_to_be_retried_flows_and_may_be_left(monkeypatch):
     with serving(monkeypatch, [], fallback_on_invalid=False) as (service, adapter, _):
         run = streaming([["{", "broken"], ["{", "left alone"], [GOOD]])
-        lora_patch.choose("1", "ansel")
+        hooks.choose("1", "ansel")
         assert list(run(JSON_PROMPT)) == ["{", "broken"]
         pieces = run(JSON_PROMPT)
         assert next(pieces) == "{" and service.generating.locked()
-        assert lora_patch._active.get() is None  # between the pieces nobody else answers with the adapter
+        assert active.get() is None  # between the pieces nobody else answers with the adapter
         pieces.close()
         assert not service.generating.locked() and list(run(JSON_PROMPT)) == [GOOD]
         assert list(adapter.breaker.answers) == [True, False]  # the reader who left is no bad answer
@@ -185,10 +188,10 @@ def test_a_stream_that_is_not_to_be_retried_flows_and_may_be_left(monkeypatch):
 def test_a_request_cannot_choose_its_arm_unless_a_flag_allows_it(monkeypatch):
     with serving(monkeypatch, []) as (service, _, _):
         assert service.choose("1", "ansel", "base").model_used == "fine_tuned"
-        monkeypatch.setitem(lora_patch.flags, "allow_arm_override", True)
+        monkeypatch.setattr(flags, "allow_arm_override", True)
         assert service.choose("1", "ansel", "base").model_used == "base"
         assert service.choose("1", "ansel", "nonsense").model_used == "fine_tuned"
-        service.mode = "base"  # where there is no adapter in use, none can be chosen
+        service.adapters.mode = "base"  # where there is no adapter in use, none can be chosen
         assert service.choose("1", "ansel", "fine_tuned").model_used == "base"
 
 
@@ -205,9 +208,9 @@ def test_a_model_config_is_followed_at_each_reload(monkeypatch, tmp_path, tiny_b
         }
         config.write_text(json.dumps({"models": models, "active_model": name}))
 
-    monkeypatch.setitem(lora_patch.flags, "model_config", str(config))
+    monkeypatch.setattr(flags, "model_config", str(config))
     activate("a")
-    service = lora_patch.Service()
+    service = AdaptersInUse()
     service.begin()
     assert (service.mode, list(service.table)) == ("fine_tuned", ["*"])
     seen = []
@@ -223,7 +226,7 @@ def test_a_model_config_is_followed_at_each_reload(monkeypatch, tmp_path, tiny_b
         activate(name)
         try:
             service.reload(asked)
-        except lora_patch.LoraError as error:
+        except LoraError as error:
             assert "active_model 'c' is none of base, a, b" in str(error)
         seen.append((service.mode, list(service.table)))
     expected = [("fine_tuned", ["weston"]), ("base", []), ("fine_tuned", ["*"]), ("base", []), ("base", [])]
@@ -232,9 +235,9 @@ def test_a_model_config_is_followed_at_each_reload(monkeypatch, tmp_path, tiny_b
 
 def test_an_unchanged_adapter_keeps_its_breaker_at_a_reload(monkeypatch, tmp_path, tiny_base):
     folder = make_adapter(tmp_path / "a", tiny_base, 1)
-    monkeypatch.setitem(lora_patch.flags, "lora_path", str(folder))
-    monkeypatch.setitem(lora_patch.flags, "model_mode", "fine_tuned")
-    service = lora_patch.Service()
+    monkeypatch.setattr(flags, "lora_path", str(folder))
+    monkeypatch.setattr(flags, "model_mode", "fine_tuned")
+    service = AdaptersInUse()
     service.begin()
     before = service.table["*"]
     before.breaker.since = "now"
@@ -248,15 +251,6 @@ def test_an_unchanged_adapter_keeps_its_breaker_at_a_reload(monkeypatch, tmp_pat
 # -- migration ---------------------------------------------------------------------------------------------------------
 
 
-def make_db(path: Path, schema: str = OLDEST, rows: int = 3) -> Path:
-    with contextlib.closing(sqlite3.connect(path)) as db, db:
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute(schema)
-        for number in range(rows):
-            db.execute("INSERT INTO jobs (id, status) VALUES (?, 'done')", (f"j{number}",))
-    return path
-
-
 def columns(path: Path) -> list[str]:
     with contextlib.closing(sqlite3.connect(path)) as db:
         return [row[1] for row in db.execute("PRAGMA table_info(jobs)")]
@@ -266,15 +260,15 @@ def columns(path: Path) -> list[str]:
 def test_both_eras_are_migrated_once(name, tmp_path):
     schema = (ROOT / "tests" / "standin" / "schemas" / f"{name}.sql").read_text()
     path = make_db(tmp_path / name, schema)
-    assert lora_patch.migrate(path) == list(lora_patch.COLUMNS)
-    assert lora_patch.migrate(path) == [] and columns(path)[-4:] == list(lora_patch.COLUMNS)
+    assert migrate(path) == list(COLUMNS)
+    assert migrate(path) == [] and columns(path)[-4:] == list(COLUMNS)
 
 
 def test_a_half_migrated_table_is_completed(tmp_path):
     path = make_db(
         tmp_path / "m.db", OLDEST.replace("status TEXT", "status TEXT, model_used TEXT, model_duration REAL")
     )
-    assert lora_patch.migrate(path) == ["adapter_version", "model_fallback"]
+    assert migrate(path) == ["adapter_version", "model_fallback"]
 
 
 @pytest.mark.parametrize(
@@ -287,10 +281,10 @@ def test_a_half_migrated_table_is_completed(tmp_path):
 def test_a_table_that_cannot_be_migrated(schema, expected, tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "m.db")) as db:
         db.execute(schema)
-    with pytest.raises(lora_patch.LoraError, match=expected):
-        lora_patch.migrate(tmp_path / "m.db")
-    with pytest.raises(lora_patch.LoraError, match="no such database"):
-        lora_patch.migrate(tmp_path / "none.db")
+    with pytest.raises(LoraError, match=expected):
+        migrate(tmp_path / "m.db")
+    with pytest.raises(LoraError, match="no such database"):
+        migrate(tmp_path / "none.db")
     assert not (tmp_path / "none.db").exists()
 
 
@@ -312,14 +306,14 @@ def test_a_database_in_use_is_migrated_and_its_writer_not_stopped(tmp_path):
         db.close()
 
     writers = [threading.Thread(target=write)]
-    migrations = [threading.Thread(target=lora_patch.migrate, args=(path,)) for _ in range(4)]
+    migrations = [threading.Thread(target=migrate, args=(path,)) for _ in range(4)]
     for thread in writers + migrations:
         thread.start()
     for thread in migrations:
         thread.join()
     stop.set()
     writers[0].join()
-    assert not failed and columns(path).count("model_used") == 1 and set(lora_patch.COLUMNS) < set(columns(path))
+    assert not failed and columns(path).count("model_used") == 1 and set(COLUMNS) < set(columns(path))
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT count(*) FROM jobs").fetchone() == (3 + len(written),)
 
@@ -327,10 +321,10 @@ def test_a_database_in_use_is_migrated_and_its_writer_not_stopped(tmp_path):
 def test_kill_in_the_middle_of_a_migration_leaves_a_working_database(tmp_path):
     """A process that migrates is killed at a dozen moments; each time the table is whole and can be migrated."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[2]); import service as lora_patch, pathlib, time\n"
+        "import sys; sys.path.insert(0, sys.argv[2]); import pathlib; from lora_patch.jobs import migrate\n"
         "print('ready', flush=True)\n"
         "while True:\n"
-        "    for path in sorted(pathlib.Path(sys.argv[1]).glob('*.db')): lora_patch.migrate(path)"
+        "    for path in sorted(pathlib.Path(sys.argv[1]).glob('*.db')): migrate(path)"
     )
     process_arguments = [sys.executable, "-c", code, str(tmp_path), str(PATCH.parent)]
     seen = set()
@@ -345,10 +339,10 @@ def test_kill_in_the_middle_of_a_migration_leaves_a_working_database(tmp_path):
         process.wait()
         process.stdout.close()
         for path in paths:
-            added = len(set(columns(path)) & set(lora_patch.COLUMNS))
+            added = len(set(columns(path)) & set(COLUMNS))
             assert added in (0, 4)  # all or none
             seen.add(added)
-            lora_patch.migrate(path)
+            migrate(path)
             with contextlib.closing(sqlite3.connect(path)) as db, db:
                 assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
                 db.execute("UPDATE jobs SET model_used = 'base' WHERE id = 'j0'")
@@ -376,9 +370,9 @@ def wait_for(condition, seconds: float = 10) -> bool:
 
 def test_a_job_whose_row_comes_later_or_while_the_database_is_locked_is_recorded_then(tmp_path):
     path = make_db(tmp_path / "m.db")
-    service = lora_patch.Service()
-    service.open_jobs(path)
-    service.record(lora_patch.Job("late", "ansel", "fine_tuned", None, in_test=True, version="v2", done=True))
+    service = Recorder()
+    service.open(path)
+    service.record(Job("late", "ansel", "fine_tuned", None, in_test=True, version="v2", done=True))
     assert len(service.pending) == 1
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute("INSERT INTO jobs (id) VALUES ('late')")
@@ -387,8 +381,8 @@ def test_a_job_whose_row_comes_later_or_while_the_database_is_locked_is_recorded
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN EXCLUSIVE")
     started = time.monotonic()
-    service.record(lora_patch.Job("j0", "ansel", "base", None, done=True))
-    service.record(lora_patch.Job("j1", "ansel", "base", None, done=True))
+    service.record(Job("j0", "ansel", "base", None, done=True))
+    service.record(Job("j1", "ansel", "base", None, done=True))
     assert time.monotonic() - started < 7  # one wait of five seconds, not one a request
     blocker.execute("COMMIT")
     blocker.close()
@@ -397,139 +391,7 @@ def test_a_job_whose_row_comes_later_or_while_the_database_is_locked_is_recorded
 
 
 def test_without_a_database_the_service_runs_and_says_so(tmp_path):
-    service = lora_patch.Service()
-    service.open_jobs(tmp_path / "none.db")
-    service.record(lora_patch.Job("j0", "ansel", "base", None, done=True))
-    assert service.recording.startswith("off: ") and "no such database" in service.recording and not service.pending
-
-
-# -- report ------------------------------------------------------------------------------------------------------------
-
-
-def analysis(score: float) -> str:
-    dimension = {"name": "Composition", "score": 7, "comment": "", "recommendation": ""}
-    answer = json.dumps({"image_description": "A lake.", "dimensions": [dimension], "overall_score": score})
-    return f"# Ansel Analysis\n\n## Summary\nA lake.\n\n## Full Analysis\n{answer}"
-
-
-def fill(path: Path, arm: str | None, scores: list, days_ago: float = 1, **more) -> None:
-    at = (datetime.now(UTC) - timedelta(days=days_ago)).isoformat()
-    with contextlib.closing(sqlite3.connect(path)) as db, db:
-        for score in scores:
-            row = {"model_used": arm, "status": "completed", "created_at": at, "model_duration": 10.0, **more}
-            row["analysis_markdown"] = "{broken" if score is None else analysis(score)
-            names = ", ".join(["id", *row])
-            marks = ", ".join("?" * (len(row) + 1))
-            key = f"{arm}-{db.execute('SELECT count(*) FROM jobs').fetchone()[0]}"
-            db.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", (key, *row.values()))
-
-
-@pytest.fixture
-def jobs(tmp_path) -> Path:
-    schema = (ROOT / "tests" / "standin" / "schemas" / "mondrian_json.db.sql").read_text()
-    path = make_db(tmp_path / "mondrian.db", schema, rows=0)
-    lora_patch.migrate(path)
-    return path
-
-
-def report(path: Path, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(PATCH), "report", "--db", str(path), *more]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_the_report_in_figures(jobs):
-    fill(jobs, "ab_test_base", [5.0, 6.0, 7.0, 6.0, None])
-    fill(jobs, "ab_test_fine_tuned", [7.0, 8.0, 7.5, 7.5], adapter_version="v2", model_duration=4.0)
-    fill(jobs, "ab_test_fine_tuned", [9.0], adapter_version="v2", model_duration=30.0, model_fallback=1)
-    fill(jobs, "ab_test_base", [1.0] * 50, days_ago=8)
-    fill(jobs, "ab_test_base", [1.0] * 50, status="error")
-    found = json.loads(report(jobs, "--days", "7", "--format", "json").stdout)
-    base, tuned = found["arms"]["ab_test_base"], found["arms"]["ab_test_fine_tuned"]
-    assert found["jobs"] == 10 and (base["count"], tuned["count"]) == (5, 5)
-    assert (base["average_score"], base["valid_rate"], base["median_seconds"]) == (6.0, 0.8, 10.0)
-    # the answer that the base gave in the adapter's place counts against the adapter and not for its score
-    assert (tuned["average_score"], tuned["valid_rate"], tuned["fallbacks"], tuned["versions"]) == (7.5, 0.8, 1, ["v2"])
-    assert (tuned["median_seconds"], tuned["p95_seconds"]) == (4.0, 30.0)
-    score = found["difference"]["average_score"]
-    # Welch by hand: variances 2/3 and 1/6, four each: error 0.4564, 4.4118 degrees of freedom, t = 2.6767
-    assert score["value"] == pytest.approx(1.5) and score["high"] - score["value"] == pytest.approx(1.2217, abs=0.02)
-    assert found["difference"]["valid_rate"]["value"] == 0 and found["difference"]["randomised"]
-    assert found["sentence"].startswith(
-        "In the last 7 days the fine-tuned model answered 5 jobs and the base 5; its scores are on average 1.50 higher "
-    )
-    assert "more than chance" in found["sentence"] and found["sentence"].endswith("10.0 s.")
-
-
-@pytest.mark.parametrize(("freedom", "expected"), [(3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)])
-def test_the_quantile_of_t(freedom, expected):
-    assert lora_patch._t_quantile(freedom) == pytest.approx(expected, abs=0.02)
-
-
-def test_newcombe_s_own_example():
-    found = lora_patch._rate_difference((48, 80), (56, 70))  # Newcombe 1998, table II (a): 0.0524 to 0.3339
-    assert (round(found["low"], 4), round(found["high"], 4)) == (0.0524, 0.3339)
-
-
-def test_the_report_as_table_and_page(jobs, tmp_path):
-    fill(jobs, "ab_test_base", [5.0, 6.0])
-    fill(jobs, "ab_test_fine_tuned", [6.0, 5.0], adapter_version="<b>v2</b>")
-    table = report(jobs).stdout
-    assert re.split(r"  +", table.splitlines()[0]) == lora_patch.HEADINGS
-    assert "chance alone can explain" in table
-    page = tmp_path / "report.html"
-    assert report(jobs, "--format", "html", "--output", page).stdout == ""
-    text = page.read_text()
-    assert (
-        "<td>ab_test_fine_tuned</td>" in text and "&lt;b&gt;v2" in text and "<b>v2" not in text and "http" not in text
-    )
-
-
-def test_scores_that_never_vary_are_pointed_out(jobs):
-    fill(jobs, "ab_test_base", [7.4] * 6)
-    fill(jobs, "ab_test_fine_tuned", [7.4] * 6)
-    said = report(jobs).stdout
-    assert "all 6 scores of ab_test_base are 7.4: copied from the prompt's example?" in said
-    assert "neither's scores vary, and they differ by 0.00" in said and "chance" not in said
-
-
-def test_the_older_eras_are_read_by_their_mode(tmp_path):
-    html = (
-        '<div class="feedback-card"><h3>Composition <span class="dimension-score">(8/10)</span></h3></div>'
-        '<p class="overall-grade"><strong>8.1/10</strong></p>'
-    )
-    old = make_db(tmp_path / "old.db", (ROOT / "tests" / "standin" / "schemas" / "mondrian.db.sql").read_text(), rows=0)
-    with contextlib.closing(sqlite3.connect(old)) as db, db:
-        rows = [("a", "done", html), ("b", "done", "<p>Error: model unavailable</p>"), ("c", "error", "")]
-        for key, status, text in rows:
-            outputs = json.dumps({"ansel": text})
-            names = "id, advisor, status, analysis_markdown, llm_outputs, created_at"
-            row = (key, "ansel", status, text, outputs, "2025-12-20 18:17:31")
-            db.execute(f"INSERT INTO jobs ({names}) VALUES (?, ?, ?, ?, ?, ?)", row)
-    found = json.loads(report(old, "--days", "0", "--format", "json").stdout)
-    assert found["arms"]["base"]["count"] == 2 and found["arms"]["base"]["average_score"] == 8.1
-    assert found["arms"]["base"]["valid_rate"] == 0.5 and found["unrecorded"] == 2
-    assert (
-        json.loads(report(old, "--days", "7", "--format", "json").stdout)["sentence"]
-        == "In the last 7 days no job was finished."
-    )
-
-
-def test_a_database_in_a_folder_that_cannot_be_written(jobs, tmp_path):
-    fill(jobs, "base", [5.0])
-    folder = tmp_path / "frozen"
-    folder.mkdir()
-    shutil.copy(jobs, folder / "mondrian.db")
-    (folder / "mondrian.db").chmod(0o444)
-    folder.chmod(0o555)
-    try:
-        assert json.loads(report(folder / "mondrian.db", "--format", "json").stdout)["jobs"] == 1
-    finally:
-        folder.chmod(0o755)
-
-
-def test_what_is_no_database_is_said_in_one_line(tmp_path):
-    (tmp_path / "text.db").write_text("this is no database, but it is long enough to look like one" * 20)
-    for name in ("text.db", "none.db"):
-        done = report(tmp_path / name)
-        assert done.returncode == 1 and done.stderr.startswith(f"lora_patch: {tmp_path / name}: ")
-        assert done.stderr.count("\n") == 1
+    service = Recorder()
+    service.open(tmp_path / "none.db")
+    service.record(Job("j0", "ansel", "base", None, done=True))
+    assert service.state.startswith("off: ") and "no such database" in service.state and not service.pending

@@ -4,7 +4,7 @@
     python ai_advisor_service.py --port 5100 --mlx_model mlx-community/Qwen3-VL-4B-Instruct-4bit
 
 A small, faithful stand-in of Mondrian's service for the tests of integration/: the same flags, globals, functions,
-routes and jobs table. It knows nothing of adapters; `lora_patch.py install` has to find its way in it by itself.
+routes and jobs table. It knows nothing of adapters; `lora_patch install` has to find its way in it by itself.
 Reads and writes mondrian.db and uploads/ in the working directory.
 """
 

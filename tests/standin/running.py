@@ -1,5 +1,6 @@
 """For the tests of integration/: adapters made directly, a service as a real process, requests over real HTTP."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from common.release.versions import new_record, record_path
 from integration.lora_patch.fingerprint import base_fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
-PATCH = ROOT / "integration" / "lora_patch" / "service.py"
+PATCH = ROOT / "integration" / "lora_patch"
 STANDIN = ROOT / "tests" / "standin" / "ai_advisor_service.py"
 VARIANTS = sorted((ROOT / "tests" / "standin" / "variants").glob("*.py"))
 
@@ -77,6 +78,18 @@ def deploy(models: Path, advisor: str, *numbers: int) -> None:
 
 def patch_command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(PATCH), *map(str, arguments)], capture_output=True, text=True)
+
+
+OLDEST = "CREATE TABLE jobs (id TEXT PRIMARY KEY, filename TEXT, advisor TEXT, status TEXT, analysis_markdown TEXT)"
+
+
+def make_db(path: Path, schema: str = OLDEST, rows: int = 3) -> Path:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute(schema)
+        for number in range(rows):
+            db.execute("INSERT INTO jobs (id, status) VALUES (?, 'done')", (f"j{number}",))
+    return path
 
 
 def free_port() -> int:

@@ -1,0 +1,287 @@
+"""Read adapter folders of this and other software into matrices that can be switched on; checked, never trusted."""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .arms import Breaker
+from .errors import LoraError, first_of, one_line
+from .files import read_json, safetensors_header
+from .names import module_name
+from .sources import PICKLES, WEIGHTS, Source
+
+SIZES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes; LoRA matrices come in no other type
+MAX_ADAPTER = 8 << 30  # bytes; rank 256 on all layers of the 8B model takes 4 GB
+
+
+@dataclass
+class Adapter:
+    """One LoRA adapter, ready to be switched on: its update of each module, and what people call it."""
+
+    layers: dict  # module name -> (a [in, r], b [r, out], scale): mx.array, mx.array, float
+    path: str
+    version: str
+    ranks: list[int]
+    digest: str  # SHA-256 of the weights and weightings: the same adapter is not loaded twice
+    trained_on: dict | None  # base fingerprint, when the folder says it
+    max_image_size: int
+    breaker: Breaker | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes + b.nbytes for a, b, _ in self.layers.values())
+
+
+def read_adapter(source: Source) -> Adapter:
+    """Read and check an adapter, or the weighted sum of several: sum_i w_i s_i (x A_i) B_i.
+
+    A sum is exact, not an average of matrices: the A_i stand side by side, the w_i s_i B_i below one another, so the
+    combined rank is the sum of the ranks. Raises LoraError naming all that is wrong with the folders.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    parts, problems = [], []
+    for folder, weight in source.parts:
+        try:
+            parts.append((*_read_folder(folder, dict(source.sha256)), weight))
+        except LoraError as error:
+            problems.append(str(error))
+    if problems:
+        raise LoraError("; ".join(problems))
+    layers = {}
+    plain = len(parts) == 1 and parts[0][-1] == 1.0
+    for module in sorted({name for part in parts for name in part[0]}):
+        updates = [(*part[0][module], part[-1]) for part in parts if module in part[0]]
+        if plain:
+            a, b, scale, dtype = updates[0][:4]
+        else:
+            shapes = {(a.shape[0], b.shape[1]) for a, b, *_ in updates}
+            if len(shapes) > 1:
+                raise LoraError(f"{source.path}: the adapters are of different models: {module} has {sorted(shapes)}")
+            a = np.concatenate([a for a, *_ in updates], axis=1)
+            b = np.concatenate([b * np.float32(scale * weight) for _, b, scale, _, weight in updates], axis=0)
+            scale, dtype = 1.0, "F32"
+        target = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}[dtype]
+        layers[module] = (mx.array(a).astype(target), mx.array(b).astype(target), scale)
+    mx.eval([matrix for a, b, _ in layers.values() for matrix in (a, b)])  # streams end with the thread that made them
+    trained_on = {json.dumps(part[2]["base_fingerprint"]) for part in parts if part[2].get("base_fingerprint")}
+    if len(trained_on) > 1:
+        raise LoraError(f"{source.path}: the combined adapters were trained on different bases")
+    sizes = [part[2]["max_image_size"] for part in parts]
+    return Adapter(
+        layers,
+        source.path,
+        source.version,
+        sorted({a.shape[1] for a, _, _ in layers.values()}),
+        hashlib.sha256(json.dumps([[part[1], part[-1]] for part in parts]).encode()).hexdigest(),
+        json.loads(trained_on.pop()) if trained_on else None,
+        max(sizes),
+    )
+
+
+def _read_folder(folder: Path, expected: dict) -> tuple[dict, str, dict]:
+    """Return ({module: (a, b, scale, dtype)} as float32 numpy, SHA-256 of weights and config, training notes)."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LoraError(f"{folder}: no such adapter folder")
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise LoraError(f"{folder}: holds {pickles[0]} but no safetensors; pickle is never read: convert it")
+        raise LoraError(f"{folder}: no {WEIGHTS[0]} or {WEIGHTS[1]}; name the folder that training wrote")
+    config_file = folder / "adapter_config.json"
+    if not config_file.is_file():
+        raise LoraError(f"{folder}: no adapter_config.json beside {file.name}; without it the scale is unknown")
+    config = read_json(config_file)
+    _check_plain(config, config_file)
+    for name in expected:
+        if name.endswith((".json", ".safetensors")) and "/" not in name and (folder / name).is_file():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected[name]:
+                raise LoraError(f"{folder / name}: not the file that was deployed (SHA-256 differs)")
+        elif expected[name] is not None:
+            raise LoraError(f"{folder}: {name}, which was deployed, is missing")
+    tensors, digest = _read_tensors(file)
+    updates = _pair(file, tensors, config)
+    both = [_config_scale(config, kind, config_file) for kind in ("mlx", "peft")]
+    uniform = not (config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"))
+    if uniform and None not in both and not math.isclose(*both, rel_tol=1e-6):
+        raise LoraError(f"{config_file}: lora_parameters.scale is {both[0]:g} but lora_alpha / r is {both[1]:g}")
+    digest = hashlib.sha256(f"{digest} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
+    return updates, digest, _training_notes(folder)
+
+
+def _check_plain(config: dict, path: Path) -> None:
+    """Refuse what is more than LoRA; tensors that do not belong (trained biases) are refused where they are met."""
+    kinds = ("use_dora", "modules_to_save", "fan_in_fan_out", "megatron_config")
+    unsupported = [key for key in kinds if config.get(key)]
+    if config.get("fine_tune_type") in ("dora", "full"):
+        unsupported.append(f"fine_tune_type {config['fine_tune_type']}")
+    if config.get("peft_type") not in (None, "LORA"):
+        unsupported.append(f"peft_type {str(config['peft_type'])[:40]}")
+    if unsupported:
+        raise LoraError(f"{path}: {', '.join(unsupported)}: not plain LoRA")
+
+
+def _training_notes(folder: Path) -> dict:
+    """Return what the trainer left, if anything: the base's fingerprint and the bound of the photographs' size."""
+    from .photo import MAX_IMAGE_SIZE  # Pillow: slow to import
+
+    notes = {"base_fingerprint": None, "max_image_size": MAX_IMAGE_SIZE}
+    if not (folder / "training_args.json").is_file():
+        return notes
+    trained = read_json(folder / "training_args.json")
+    settings = trained.get("settings") if isinstance(trained.get("settings"), dict) else {}
+    size = settings.get("max_image_size")
+    if isinstance(size, int) and 28 <= size <= 8192:
+        notes["max_image_size"] = size
+    fingerprint = trained.get("base_fingerprint")
+    if fingerprint is not None:
+        keys = ("name", "shape", "architecture", "norms", "weights", "quantization")
+        if not isinstance(fingerprint, dict) or any(key not in fingerprint for key in keys):
+            raise LoraError(f"{folder / 'training_args.json'}: base_fingerprint is damaged")
+        notes["base_fingerprint"] = fingerprint
+    return notes
+
+
+def _read_tensors(path: Path) -> tuple[dict, str]:
+    """Return ({name: (float32 array [2 dimensions], dtype)}, SHA-256 of the file), every tensor checked."""
+    import numpy as np
+
+    if path.stat().st_size > MAX_ADAPTER:
+        raise LoraError(f"{path}: {path.stat().st_size:,} bytes; that is no LoRA adapter")
+    try:
+        with open(path, "rb") as file:
+            header, start = safetensors_header(file, path)
+            file.seek(0)
+            data = file.read()
+    except (OSError, ValueError, MemoryError) as error:
+        raise LoraError(one_line(error)) from error
+    tensors, problems = {}, []
+    for name, tensor in header.items():
+        dtype, shape, (first, last) = tensor.get("dtype"), tensor["shape"], tensor["data_offsets"]
+        if dtype not in SIZES or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
+            problems.append(f"{name[:120]} is {dtype} {str(shape)[:60]}, not a matrix of F32, F16 or BF16")
+        elif last - first != SIZES[dtype] * shape[0] * shape[1] or start + last > len(data):
+            problems.append(f"{name[:120]}: {last - first} bytes do not make {dtype} {shape}")
+        else:
+            raw = np.frombuffer(data, "<u4" if dtype == "F32" else "<u2", shape[0] * shape[1], start + first)
+            if dtype == "BF16":  # the upper half of a float32
+                values = (raw.astype(np.uint32) << 16).view(np.float32)
+            else:
+                values = raw.view(np.float32 if dtype == "F32" else np.float16).astype(np.float32)
+            if not np.isfinite(values).all():
+                problems.append(f"{name[:120]} holds NaN or infinity")
+            tensors[name] = values.reshape(shape), dtype
+    if problems:
+        raise LoraError(f"{path}: {first_of(problems)}")
+    return tensors, hashlib.sha256(data).hexdigest()
+
+
+def _pair(file: Path, tensors: dict, config: dict) -> dict:
+    """Return {module: (a [in, r], b [r, out], scale, dtype)} from a file's tensors and its config."""
+    import numpy as np
+
+    halves, problems = {}, []
+    for key, (values, dtype) in tensors.items():
+        named = module_name(key)
+        if named is None:
+            problems.append(f"{key[:120]} is no LoRA matrix of a linear layer")
+            continue
+        is_peft = key.endswith(".weight")
+        turned = np.ascontiguousarray(values.T) if is_peft else values  # PEFT: A [r, in], B [out, r]
+        if halves.setdefault(named[0], {}).setdefault(named[1], (turned, dtype, is_peft, key))[3] != key:
+            problems.append(f"{named[0]} is there twice")
+    updates = {}
+    for module, half in halves.items():
+        if set(half) != {"a", "b"}:
+            problems.append(f"{module}: {'B' if 'a' in half else 'A'} is missing")
+            continue
+        (a, dtype, is_peft, key), (b, dtype_b, _, _) = half["a"], half["b"]
+        if a.shape[1] != b.shape[0]:
+            problems.append(f"{module}: A has rank {a.shape[1]}, B {b.shape[0]}")
+        elif not _is_targeted(config, key, is_peft):
+            problems.append(f"{module}: adapter_config.json's target_modules leaves it out")
+        else:
+            scale, rank = _module_scale(file.parent / "adapter_config.json", config, key, is_peft)
+            if rank is not None and rank != a.shape[1]:
+                problems.append(f"{module}: rank {a.shape[1]}, but adapter_config.json says {rank}")
+            updates[module] = (a, b, scale, dtype if dtype == dtype_b else "F32")
+    if problems:
+        raise LoraError(f"{file}: {first_of(problems)}")
+    if not updates:
+        raise LoraError(f"{file}: holds no LoRA matrices")
+    return updates
+
+
+def _is_targeted(config: dict, key: str, is_peft: bool) -> bool:
+    """Tell whether PEFT would use this tensor: it drops, silently, what target_modules does not match."""
+    targets = config.get("target_modules")
+    if not is_peft or targets is None or targets == "all-linear":
+        return True
+    name = re.sub(r"\.lora_A(\.[\w-]+)?\.weight$", "", key).removeprefix("base_model.model.")
+    if isinstance(targets, str):
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error:
+            return False
+    return isinstance(targets, list) and any(name == str(t) or name.endswith(f".{t}") for t in targets)
+
+
+def _config_scale(config: dict, kind: str, path: Path) -> float | None:
+    """Return the config's one scale as mlx-vlm ("mlx") or PEFT ("peft") would take it; None when it has none."""
+    own = config.get("lora_parameters")
+    if kind == "mlx":
+        if isinstance(own, dict):
+            return _number(own.get("scale"), "lora_parameters.scale", path)
+        if "rank" in config and "alpha" in config:  # mlx-vlm's older form
+            return _number(config["alpha"], "alpha", path) / _rank(config["rank"], "rank", path)
+        return None
+    if "r" not in config or "lora_alpha" not in config:
+        return None
+    rank = _rank(config["r"], "r", path)
+    return _number(config["lora_alpha"], "lora_alpha", path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _module_scale(path: Path, config: dict, key: str, is_peft: bool) -> tuple[float, int | None]:
+    """Return (scale, rank that the config demands or None) of one module."""
+    if not is_peft:
+        scale = _config_scale(config, "mlx", path)
+        if scale is None:
+            scale = _config_scale(config, "peft", path)
+        if scale is None:
+            raise LoraError(f"{path}: no lora_parameters.scale; without it the adapter's strength is unknown")
+        own = config.get("lora_parameters")
+        rank = own.get("rank") if isinstance(own, dict) else config.get("rank", config.get("r"))
+        return scale, _rank(rank, "rank", path) if rank is not None else None
+    name = re.sub(r"\.lora_A(\.[\w-]+)?\.weight$", "", key).removeprefix("base_model.model.")
+    rank = _rank(_pattern(config.get("rank_pattern"), name, config.get("r")), "r", path)
+    alpha = _number(_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha")), "lora_alpha", path)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
+
+
+def _pattern(patterns, name: str, default):
+    """Return the value of the first pattern that matches as PEFT matches them, else the default."""
+    for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error:
+            continue
+    return default
+
+
+def _number(value, name: str, path: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise LoraError(f"{path}: {name} is {str(value)[:40]}, not a number")
+    return float(value)
+
+
+def _rank(value, name: str, path: Path) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65536:
+        raise LoraError(f"{path}: {name} is {str(value)[:40]}, not a rank")
+    return value

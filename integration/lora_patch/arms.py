@@ -1,0 +1,77 @@
+"""Which model answers a job: the arms of an A/B test, and the circuit breaker that takes an adapter out."""
+
+import contextvars
+import hashlib
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+ARMS = ("base", "fine_tuned", "ab_test_base", "ab_test_fine_tuned")  # what the jobs table says of a job
+
+
+def assign(job_id: str, split: float) -> str:
+    """Return base or fine_tuned: the same job always gets the same; a share ``split`` of all jobs gets fine_tuned."""
+    number = int.from_bytes(hashlib.sha256(f"mondrian-ab-test:{job_id}".encode()).digest()[:8], "big")
+    return "fine_tuned" if number / 2**64 < split else "base"
+
+
+class Breaker:
+    """Takes an adapter out of service when too many of its last answers were bad, until somebody re-arms it.
+
+    It goes off as soon as the bad answers exceed ``bound`` of a whole window: it does not wait for the window to fill.
+    """
+
+    def __init__(self, window: int, bound: float):
+        self.window, self.bound = window, bound
+        self.arm()
+
+    def arm(self) -> None:
+        self.answers, self.since, self.reason = deque(maxlen=self.window), None, None
+
+    def note(self, problem: str | None) -> bool:
+        """Count an answer; return True when this one sets the breaker off."""
+        self.answers.append(problem is not None)
+        if self.since is None and sum(self.answers) > self.bound * self.window:
+            self.since, self.reason = time.strftime("%Y-%m-%dT%H:%M:%S"), problem
+            return True
+        return False
+
+    def state(self) -> dict:
+        return {
+            "state": "closed" if self.since is None else "open",
+            "bad": sum(self.answers),
+            "answers": len(self.answers),
+            "since": self.since,
+            "reason": self.reason,
+        }
+
+
+@dataclass
+class Job:
+    """One request on its way through the service."""
+
+    id: str | None
+    advisor: str | None
+    arm: str  # base or fine_tuned
+    adapter: object | None  # the `Adapter` of its advisor, also when the arm is base
+    in_test: bool = False
+    version: str | None = None
+    seconds: float = 0.0
+    fallback: bool = False
+    done: bool = False
+
+    @property
+    def model_used(self) -> str:
+        return f"ab_test_{self.arm}" if self.in_test else self.arm
+
+
+@dataclass
+class Scope:
+    """A request: the jobs chosen in it (more than one when several advisors judge one photograph)."""
+
+    jobs: list = field(default_factory=list)
+    is_open: bool = True
+
+
+scope_of_request = contextvars.ContextVar("lora_patch_scope", default=None)
+job_of_request = contextvars.ContextVar("lora_patch_job", default=None)

@@ -1,0 +1,77 @@
+"""The commands `install`, `check` and `report`; each imports what it needs, so that all start fast."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .errors import LoraError, one_line
+from .files import write_file
+from .source_file import BY_HAND, Refusal
+
+
+def check_adapters(lora_path: str | None, model_config: str | None, base_model: str | None) -> None:
+    """Print what the service would serve; LoraError for what it would refuse."""
+    from .adapters import read_adapter  # MLX: slow to import
+    from .base import check_base, read_base
+    from .sources import EVERYONE, find_sources
+
+    sources, _ = find_sources(lora_path, model_config)
+    base = read_base(base_model) if base_model else None
+    if base_model and base is None:
+        raise LoraError(f"{base_model}: neither a model folder nor a model in the hub's cache")
+    for advisor, source in sources.items():
+        adapter = read_adapter(source)
+        warnings_ = check_base(adapter, base) if base_model else []
+        who = "every advisor" if advisor == EVERYONE else advisor
+        ranks = ", ".join(map(str, adapter.ranks))
+        print(f"{who}: {adapter.path}, {adapter.version}, rank {ranks}, {len(adapter.layers)} modules, "
+              f"{adapter.nbytes / 1e6:.1f} MB, base {(adapter.trained_on or {}).get('name', 'unknown')}")  # fmt: skip
+        for warning in warnings_:
+            print(f"warning: {warning}")
+    if not sources:
+        print("no adapter: the base answers everything")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="lora_patch", description="Serve LoRA adapters from ai_advisor_service.py.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="install|check|report")
+    command = commands.add_parser("install", help="put the lines into ai_advisor_service.py, or take them out")
+    command.add_argument("--service", type=Path, required=True, help="path to ai_advisor_service.py")
+    command.add_argument("--check", action="store_true", help="change nothing; show what would be done")
+    command.add_argument("--uninstall", action="store_true", help="take the lines out again, byte for byte")
+    command = commands.add_parser("check", help="check adapters before the service is started with them")
+    command.add_argument("--lora_path")
+    command.add_argument("--model_config")
+    command.add_argument("--base_model", help="model folder, or hub id in the local cache, to check against")
+    command = commands.add_parser("report", help="compare the arms from the jobs table")
+    command.add_argument("--db", type=Path, default=Path("mondrian.db"), help="database with the jobs table")
+    command.add_argument("--days", type=float, default=7, help="how far back to look; 0 takes all (default: 7)")
+    command.add_argument("--format", choices=("table", "json", "html"), default="table")
+    command.add_argument("--output", type=Path, help="file to write instead of the screen")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "install":
+            from .install import install
+
+            install(given.service, given.check, given.uninstall)
+        elif given.command == "check":
+            check_adapters(given.lora_path, given.model_config, given.base_model)
+        else:
+            from .report import show_report
+
+            shown = show_report(given.db, given.days, given.format)
+            if given.output:
+                write_file(given.output, shown.encode() + b"\n")
+            else:
+                print(shown)
+    except Refusal as error:
+        for problem in error.problems:
+            print(f"lora_patch: {problem}", file=sys.stderr)
+        if error.missing:
+            print("nothing was changed; lines to add by hand:", file=sys.stderr)
+            for key in BY_HAND:
+                if key in error.missing or key == "import":
+                    print(f"    {BY_HAND[key]}", file=sys.stderr)
+        sys.exit(1)
+    except (LoraError, OSError) as error:
+        sys.exit(f"lora_patch: {one_line(error)}")

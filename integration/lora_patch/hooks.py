@@ -1,0 +1,126 @@
+"""What the lines in the service call. Without our flags every function here returns at once and nothing changes."""
+
+import contextvars
+import functools
+import inspect
+import logging
+import os
+import sys
+import threading
+
+from .answering import Answering
+from .arms import Job, job_of_request, scope_of_request
+from .errors import LoraError, one_line
+from .flags import flags
+from .in_use import AdaptersInUse
+from .jobs import Recorder
+from .log import say
+from .routes import Routes, request_fields
+from .sources import EVERYONE
+from .switching import within
+
+service = Answering(AdaptersInUse(), Recorder())  # of this process; unused without our flags
+
+
+def attach(loaded, name: str | os.PathLike | None = None):
+    """Prepare what mlx_vlm.load(name) returned, (model, processor, ...), for the adapters; returns it."""
+    if flags.is_on:
+        try:
+            service.adapters.adopt(loaded[0], name)
+        except LoraError as error:
+            if threading.current_thread() is threading.main_thread():
+                sys.exit(f"lora_patch: {error}")
+            raise
+    return loaded
+
+
+def generation(function):
+    """Return mlx_vlm.generate or stream_generate such that it answers in the arm of the request that it works for.
+
+    To be put around the function where it is called, so that it is our lock that is taken last and released first,
+    whatever locks the service has. It also decorates a function of the service's own that returns an answer.
+    """
+
+    @functools.wraps(function)
+    def answer(*args, **kwargs):
+        if not flags.is_on or within.get():
+            return function(*args, **kwargs)
+        if inspect.isgeneratorfunction(inspect.unwrap(function)):
+            return _stream(function, args, kwargs)
+        return service.generate(function, args, kwargs, _current_job())
+
+    return answer
+
+
+def _stream(function, args: tuple, kwargs: dict):
+    yield from service.stream(function, args, kwargs, _current_job())  # chosen with the first piece, not before
+
+
+def choose(job_id=None, advisor=None) -> None:
+    """Say, before the model is asked, which job this is and whose voice it wants: that decides its arm."""
+    if flags.is_on:
+        fields = request_fields()
+        job = service.choose(job_id or fields.get("job_id"), advisor or fields.get("advisor"), fields.get("override"))
+        job_of_request.set(job)
+
+
+def _current_job() -> Job:
+    """Return the job that `choose` was called for; without such a call, one made from the request's own fields."""
+    if (job := job_of_request.get()) is not None:
+        return job
+    fields = request_fields()
+    return service.choose(fields.get("job_id"), fields.get("advisor"), fields.get("override"))
+
+
+def carry(function):
+    """Return the function as something that another thread can run for the same request."""
+    if not flags.is_on:
+        return function
+    context = contextvars.copy_context()
+
+    @functools.wraps(function)
+    def carried(*args, **kwargs):
+        def call():
+            try:
+                return function(*args, **kwargs)
+            finally:
+                service.recorder.record_all(scope_of_request.get())
+
+        return context.copy().run(call)
+
+    return carried
+
+
+def start(app, get_model=None, db_path=None):
+    """Begin serving adapters: read and check them, load the model, migrate the jobs table, add the routes. Returns app.
+
+    Exits with one line when fine_tuned cannot be served. Without our flags it does nothing.
+    """
+    if not flags.is_on or getattr(app, "_lora_patch", False):
+        return app
+    app._lora_patch = True
+    adapters = service.adapters
+    try:
+        adapters.begin()
+        adapters.fit(adapters.table)  # before the model is loaded: a refusal need not wait for gigabytes
+        if adapters.table and adapters.model is None and get_model is not None:
+            try:
+                get_model()
+            except LoraError:
+                raise
+            except Exception as error:  # the service would say so with its first request
+                raise LoraError(f"{adapters.base_name}: cannot be loaded ({one_line(error)})") from error
+        adapters.begin()  # raises what a thread of the service's may have met, and swallowed
+    except LoraError as error:
+        if adapters.mode == "fine_tuned":
+            sys.exit(f"lora_patch: {error}")
+        adapters.fail(error)
+    service.recorder.open(db_path)
+    Routes(service).add_to(app)
+    for advisor, adapter in adapters.table.items():
+        who = "every advisor" if advisor == EVERYONE else advisor
+        ranks = ", ".join(map(str, adapter.ranks))
+        say(logging.INFO, f"{who}: {adapter.path} ({adapter.version}, rank {ranks}, {adapter.nbytes / 1e6:.1f} MB)")
+    split = f", split {adapters.split:g}" if adapters.mode == "ab_test" else ""
+    say(logging.INFO, f"model mode {adapters.mode}{split}")
+    return app
