@@ -13,17 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.analysis import (
-    DIMENSIONS7,
-    AnalysisError,
-    balanced_end,
-    canonical,
-    find_objects,
-    looks_like_analysis,
-    parse_json,
-    texts_of,
-)
+from common.analysis import DIMENSIONS7, AnalysisError, canonical, looks_like_analysis
 from common.data.html_analysis import html_to_analysis, is_html_analysis
+from integration.lora_patch.json_text import balanced_end, find_objects, parse_json, strings_in
 
 SOURCES = ("analysis_file", "stored_path", "analysis_markdown", "llm_outputs")
 MAX_TEXT = 256_000  # characters; the longest real answer, a model that ran away, has 12,000
@@ -124,7 +116,7 @@ def check(analysis: dict, asked: Asked) -> None:
             raise AnalysisError("score_out_of_range", f"{dimension['name'][:40]} has {dimension['score']}")
     if not 0 <= analysis.get("overall_score", 0) <= 10:
         raise AnalysisError("score_out_of_range", f"the overall score is {analysis['overall_score']}")
-    for text in texts_of(analysis):
+    for text in strings_in(analysis):
         if not text.isprintable() and _SURROGATE.search(text):
             raise AnalysisError("not_text", "holds characters that are no Unicode text")
 

@@ -12,11 +12,11 @@ from common.analysis import (
     canonical_name,
     check_strict,
     compact_json,
-    find_objects,
     mean_score,
     parse_lenient,
     projected,
 )
+from integration.lora_patch.json_text import find_objects
 from tests.mondrian_case import analysis
 
 

@@ -1,0 +1,128 @@
+"""JSON inside a text: found between prose, mended where that invents nothing, in time linear in the text.
+
+    for value, mends, start, end in find_objects(model_output): ...
+    value, mends = parse_json('{"score": 7,}')           # ({"score": 7}, ["trailing_comma"])
+
+Hostile texts end soon: at most `_MAX_TRIES` braces are tried that lead to no sound object, `_MAX_SCANNED` characters
+are read again for them, and what is nested deeper than `MAX_DEPTH` is no value.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+MAX_DEPTH = 40  # levels; an analysis has four
+_MAX_TRIES = 1_000
+_MAX_SCANNED = 2_000_000
+# possessive: a string that never ends must not be tried again from each of its characters
+_BRACES = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|[{}]', re.S)
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^"]+', re.S)
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a JSON value is a finite number; true, false and NaN are none, nor are integers past 1e300."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def parse_json(text: str) -> tuple[Any, list[str]]:
+    """Return (value, mends) of a text that is one JSON value, give or take what can be mended without inventing.
+
+    Raises ValueError (JSONDecodeError with a position where there is one) for everything else, NaN included.
+    """
+    try:
+        return _load(text), []
+    except json.JSONDecodeError as error:
+        original = error
+    for mended, mends in ((text, []), (without_trailing_commas(text), ["trailing_comma"])):
+        for strict, more in ((True, []), (False, ["raw_control_characters"])):
+            try:
+                return _load(mended, strict=strict), [*mends, *more]
+            except ValueError:
+                continue
+    raise original
+
+
+def _load(text: str, strict: bool = True) -> Any:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, strict=strict)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if is_too_deep(value):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def is_too_deep(value: Any) -> bool:
+    """Tell whether a parsed value is nested deeper than `MAX_DEPTH`."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for holder in level
+            if isinstance(holder, dict | list)
+            for item in (holder.values() if isinstance(holder, dict) else holder)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Yield every string of a parsed value, names of keys included."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+
+
+def without_trailing_commas(text: str) -> str:
+    """Drop commas that stand before a closing bracket, outside strings."""
+    parts = _STRINGS.findall(text)
+    return "".join(part if part.startswith('"') else re.sub(r",(?=\s*[}\]])", "", part) for part in parts)
+
+
+def balanced_end(text: str, start: int) -> int | None:
+    """Return the position after the brace that closes the one at ``start``; None when the text ends before."""
+    depth = 0
+    for token in _BRACES.finditer(text, start):
+        if token[0] == "{":
+            depth += 1
+        elif token[0] == "}":
+            depth -= 1
+            if depth == 0:
+                return token.end()
+    return None
+
+
+def find_objects(text: str) -> Iterator[tuple[dict, list[str], int, int]]:
+    """Yield (object, mends, start, end) for each JSON object that stands in a text, outermost ones first to last."""
+    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+    at, tries, scanned = text.find("{"), 0, 0
+    while at >= 0 and tries < _MAX_TRIES and scanned < _MAX_SCANNED:
+        mends: list[str] = []
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end = balanced_end(text, at)
+            tries += 1
+            scanned += (end or len(text)) - at
+            try:
+                value, mends = parse_json(text[at:end]) if end else (None, [])
+            except ValueError:
+                value = None
+        if isinstance(value, dict) and not is_too_deep(value):
+            yield value, mends, at, end
+            at = text.find("{", end)
+        else:
+            tries += isinstance(value, dict)
+            at = text.find("{", at + 1)
