@@ -36,6 +36,7 @@ from common.cli import PhaseCommand, option_group, print_settings
 from common.errors import UserError
 from common.model.lora import attach_lora
 from common.model.step import Batch, collate, loss_only, packed_loss_and_grads
+from common.records import software_versions
 from common.signals import StopRequest
 from common.training.data import DataFile, check_apart, read_data, report_overlong, resolve_paths
 from common.training.data_loader import (
@@ -49,7 +50,7 @@ from common.training.data_loader import (
     step_examples,
 )
 from common.training.distributed import Processes, is_peer_lost, join_processes
-from common.training.export import deliver, training_record, versions
+from common.training.export import deliver, training_record
 from common.training.log import require_reporter, say
 from common.training.memory import GB, available_ram, find_device, is_out_of_memory, shape_of
 from common.training.optimizer import clip, learning_rate_at
@@ -186,7 +187,7 @@ def check_resumable(
     if state["processes"] != processes.world:
         differences.append(f"there were {state['processes']} processes, now {processes.world}")
     refuse_differences(folder.path, differences)
-    now = versions()
+    now = software_versions()
     changed = [f"{name} {was}, now {now[name]}" for name, was in state["versions"].items() if now[name] != was]
     if changed and processes.first:
         click.echo(f"begun with {'; '.join(changed)}: the adapter may differ in rounding", err=True)

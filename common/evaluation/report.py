@@ -13,7 +13,7 @@ from common.evaluation.generations import Item, Source
 from common.evaluation.metrics import kind
 from common.evaluation.report_page import render
 from common.files import sha256_file, write_json, write_jsonl, write_text
-from common.training.export import versions as software_versions
+from common.records import software_versions
 from common.training.model_card import complete_card
 from integration.lora_patch.photo import load_photo
 

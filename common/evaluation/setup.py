@@ -11,10 +11,9 @@ from common.errors import UserError, refuse
 from common.evaluation.generations import Item
 from common.evaluation.model_source import ModelSource, Sampling
 from common.files import find_input, read_json, sha256_file
+from common.records import ARGS, software_versions
 from common.release import versions
 from common.release.adapter import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
-from common.training.export import versions as software_versions
-from common.training.run_folder import ARGS
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
 from integration.lora_patch.photo import MAX_IMAGE_SIZE, PhotoError, load_photo
 from integration.lora_patch.prompts import prompt_dimensions

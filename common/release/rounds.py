@@ -10,8 +10,8 @@ import click
 from common.errors import UserError, refuse
 from common.evaluation.gates import failed
 from common.files import read_json, read_rows, sha256_file
+from common.records import ARGS
 from common.release import versions
-from common.training.run_folder import ARGS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -25,8 +25,8 @@ from common.errors import UserError, refuse
 from common.evaluation.comparison import read_report, recomputed
 from common.evaluation.gates import DEFAULT_GATES, Gate, bound_text, failed, format_value, from_dicts, load_gates
 from common.files import read_json, sha256_file, write_json, write_text
+from common.records import ARGS
 from common.release.adapter import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, read_adapter
-from common.training.run_folder import ARGS
 
 PREFIX = "qwen3-vl-4b-lora-"
 RECORD = "deployed.json"

@@ -1,19 +1,16 @@
 """What a finished run leaves behind: best and last adapter, training_args.json, model card, curve and verdict."""
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import mlx.core as mx
 
 from common.files import write_json
+from common.records import ARGS, software_versions
 from common.release.adapter import adapter_config, write_adapter
 from common.training.model_card import write_card
-from common.training.run_folder import ARGS
 from integration.lora_patch.vlm import TARGET_MODULES
 
 SCHEMA_VERSION = 1
-PACKAGES = ("mlx", "mlx-vlm", "transformers", "numpy", "pillow")
 
 
 def deliver(
@@ -46,17 +43,6 @@ def training_record(
         "layout": layout,
         "train_data": train,
         "val_data": val,
-        "versions": versions(),
+        "versions": software_versions(),
         "result": result,
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that training depends on."""
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found

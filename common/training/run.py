@@ -8,10 +8,10 @@ import click
 import mlx.core as mx
 
 from common.model.step import pack_lora, unpack_lora
+from common.records import software_versions
 from common.training.data import DataFile
 from common.training.data_loader import Prepared, Sharding, steps_per_epoch
 from common.training.distributed import Processes
-from common.training.export import versions
 from common.training.log import TrainingLog, make_reporter
 from common.training.optimizer import AdamW, warmup_within
 from common.training.plan import Layout
@@ -100,7 +100,7 @@ class Run:
             "train_data": train.record,
             "val_data": val and val.record,
             "base_fingerprint": self.fingerprint,
-            "versions": versions(),
+            "versions": software_versions(),
         }
         tensors = {"adapter": unpack_lora(self.base.model, self.optimizer.values)}
         tensors["optimizer"] = {"first": self.optimizer.first, "second": self.optimizer.second}
