@@ -3,7 +3,9 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-ARGS = "training_args.json"  # in an adapter folder: what the adapter was trained on, and how
+from integration.lora_patch.versions import ARGS
+
+__all__ = ["ARGS", "software_versions"]
 PACKAGES = ("mlx", "mlx-vlm", "transformers", "numpy", "pillow")
 
 

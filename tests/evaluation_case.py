@@ -12,7 +12,7 @@ from common.dataset import triplet_row
 from common.files import sha256_file, write_json, write_jsonl
 from common.model.lora import attach_lora, lora_parameters
 from common.model.step import collate, loss_and_grads
-from common.release.adapter import adapter_config, write_adapter
+from common.training.adapter_files import adapter_config, write_adapter
 from evaluate_lora import main
 from integration.lora_patch import vlm
 from integration.lora_patch.fingerprint import base_fingerprint

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from common.evaluation.generations import Item
 from common.model.step import collate, loss_only
-from common.release.adapter import read_adapter
+from common.training.adapter_files import read_adapter
 from integration.lora_patch import vlm
 from integration.lora_patch.generation import Decoding, Grammar, Request, answer_schema, answer_text, prompt_row
 from integration.lora_patch.photo import load_photo

@@ -12,11 +12,11 @@ from common.evaluation.generations import Item
 from common.evaluation.model_source import ModelSource, Sampling
 from common.files import find_input, read_json, sha256_file
 from common.records import ARGS, software_versions
-from common.release import versions
-from common.release.adapter import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
+from integration.lora_patch import versions
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
 from integration.lora_patch.photo import MAX_IMAGE_SIZE, PhotoError, load_photo
 from integration.lora_patch.prompts import prompt_dimensions
+from integration.lora_patch.versions import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 from integration.lora_patch.vlm import Base, load_base, response_tokens
 
 AUTO = "auto"

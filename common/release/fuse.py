@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from common.errors import UserError, refuse
 from common.files import read_json, sync_folder, write_json
-from common.release.adapter import read_adapter
+from common.training.adapter_files import read_adapter
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
 from integration.lora_patch.hub import model_folder
 

@@ -3,62 +3,138 @@
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from common.errors import UserError, refuse
-from common.evaluation.gates import failed
+from common.evaluation.comparison import read_report
 from common.files import read_json, read_rows, sha256_file
-from common.records import ARGS
-from common.release import versions
+from common.release.listing import in_use_sentence
+from common.release.promotion import Rule, ensure_record, keep_report, locked, promote
+from common.tables import counted, paragraph
+from integration.lora_patch.versions import (
+    ARGS,
+    deployed_folder,
+    find_versions,
+    parse_folder,
+    record_path,
+    version_folder,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
+MARKER = ARGS  # the trainer writes it last
+ADVICE = {  # by the figure's family: what to change before the next round
+    "format": "Look at the outputs in the report that break the format; more epochs (TRAIN_ARGS) teach it better.",
+    "loss": "Look at the training curve: train longer while the validation loss still falls, shorter where it rises.",
+    "speed": "Time it again on a quiet machine; a smaller rank or a fused model costs less time.",
+}
 
 
-def run_round(
-    advisor: str,
-    work: Path,
-    mondrian: Path,
-    db_path: Path | None,
-    base_model: str,
-    link_args: str,
-    prepare_args: str,
-    train_args: str,
-    eval_args: str,
-    hosts: Path | None = None,
-) -> None:
-    """Run the phases; exit 1 (with the reasons) when the new version is not promoted. Nothing existing is changed.
+@dataclass(frozen=True)
+class RoundOptions:
+    """What a round is given. ``*_args``: more options of each script, as typed; ``hosts``: mlx.launch's hostfile."""
 
-    A round that was broken off goes on: a version that is not finished is trained on, not skipped.
+    advisor: str
+    work: Path
+    base_model: str
+    mondrian: Path = Path()
+    db_path: Path | None = None  # the databases  [default: those in mondrian]
+    link_args: str = ""
+    prepare_args: str = ""
+    train_args: str = ""
+    eval_args: str = ""
+    hosts: Path | None = None
+    rule: Rule = Rule()
+
+    @property
+    def models(self) -> Path:
+        return self.work / "models"
+
+    def data(self, name: str) -> Path:
+        """Return a file of the advisor's own: manifest, train or val; two advisors may share ``work``."""
+        return self.work / "training_data" / f"training_data_{self.advisor}_{name}.jsonl"
+
+
+def run_round(options: RoundOptions) -> None:
+    """Run the phases and end with a paragraph that says what came of it. Nothing existing is changed.
+
+    UserError (with the reasons) when the new version is not promoted. A round that was interrupted goes on: a version
+    that is not finished is trained further, not skipped.
     """
-    models, data = work / "models", work / "training_data"
-    have = versions.find_versions(models, advisor)
-    number = max(have, default=0) + 1
-    folder, report = versions.version_folder(models, advisor, number), work / "evaluation" / f"{advisor}-v{number}"
-    versions.settle_record(models, advisor)
-    incumbent = versions.deployed_folder(versions.record_path(models, advisor))
-    click.echo(
-        f"Round for {advisor}: v{number}, to be compared with {incumbent.name if incumbent else 'the base alone'}"
-    )
+    with locked(options.models, options.advisor):
+        ensure_record(options.models, options.advisor)
+        have = find_versions(options.models, options.advisor)
+        number = max(have, default=0) + 1
+        incumbent = deployed_folder(record_path(options.models, options.advisor))
+        against = f"v{parse_folder(incumbent)[1]}, which is in use" if incumbent else "the base alone"
+        click.echo(f"Round for {options.advisor}: v{number}, to be compared with {against}")
+        _make_data(options)
+        refuse_held_out(options.data("train"), have)
+        _tell_unchanged(options.data("train"), have)
+        folder = version_folder(options.models, options.advisor, number)
+        _train(options, folder)
+        report = _evaluate(options, folder, incumbent)
+        click.echo("\n" + paragraph(_decide(options, number, report)))
 
-    tree = ["--source_dir", str(mondrian / "source"), "--analysis_dir", str(mondrian / "analysis_md")]
-    database = ["--db_path", str(db_path or mondrian)]
-    into = ["--advisor", advisor, "--output_dir", str(data)]
-    _run("1/4 link", "link_training_data.py", [*database, *tree, *into], link_args)
-    manifest = ["--manifest", str(data / "training_data_manifest.jsonl")]
-    _run("2/4 prepare", "prepare_training_data.py", [*manifest, *into, "--base_model", base_model], prepare_args)
-    train, val = (data / f"training_data_{advisor}_{side}.jsonl" for side in ("train", "val"))
-    refuse_held_out(train, have)
-    _tell_unchanged(train, have)
-    files = ["--train_data", str(train), "--val_data", str(val), "--output_dir", str(folder)]
-    _run("3/4 train", "train_mlx_lora.py", ["--base_model", base_model, *files, "--resume"], train_args, hosts=hosts)
-    compared = ["--base_model", base_model, "--lora_path", str(folder), "--val_data", str(val)]
-    compared += ["--deployed", str(incumbent or "none"), "--output_report", str(report / "comparison_report.json")]
-    for stale in (report / "comparison_report.json", report / "comparison_report.html"):
-        stale.unlink(missing_ok=True)  # of a round that was broken off: must not stand for this one
-    _run("4/4 evaluate", "evaluate_lora.py", compared, eval_args, may_fail=True)
-    _decide(models, advisor, number, report / "comparison_report.json", incumbent)
+
+def _make_data(options: RoundOptions) -> None:
+    data = options.data("manifest").parent
+    tree = ["--source_dir", str(options.mondrian / "source"), "--analysis_dir", str(options.mondrian / "analysis_md")]
+    into = ["--advisor", options.advisor, "--output_dir", str(data)]
+    named = ["--db_path", str(options.db_path or options.mondrian), "--output_file", options.data("manifest").name]
+    _run("1/4 link", "link_training_data.py", [*named, *tree, *into], options.link_args)
+    given = ["--manifest", str(options.data("manifest")), *into, "--base_model", options.base_model]
+    _run("2/4 prepare", "prepare_training_data.py", given, options.prepare_args)
+
+
+def _train(options: RoundOptions, folder: Path) -> None:
+    files = ["--train_data", str(options.data("train")), "--val_data", str(options.data("val"))]
+    given = ["--base_model", options.base_model, *files, "--output_dir", str(folder), "--resume"]
+    _run("3/4 train", "train_mlx_lora.py", given, options.train_args, hosts=options.hosts)
+    # mlx.launch exits 0 after a process of its was killed, so the exit code alone proves nothing
+    if not (folder / MARKER).is_file():
+        raise UserError(f"{folder}: training did not finish; see above, then run the round again")
+
+
+def _evaluate(options: RoundOptions, folder: Path, incumbent: Path | None) -> Path:
+    report = options.work / "evaluation" / f"{options.advisor}-v{parse_folder(folder)[1]}" / "comparison_report.json"
+    given = ["--base_model", options.base_model, "--lora_path", str(folder), "--val_data", str(options.data("val"))]
+    given += ["--deployed", str(incumbent or "none"), "--output_report", str(report)]
+    for stale in (report, report.with_suffix(".html")):
+        stale.unlink(missing_ok=True)  # of a round that was interrupted: must not stand for this one
+    _run("4/4 evaluate", "evaluate_lora.py", given, options.eval_args, may_fail=True)
+    if not report.is_file():
+        raise UserError(f"{report}: evaluation wrote no report; see above, then run the round again")
+    return report
+
+
+def _decide(options: RoundOptions, number: int, report: Path) -> str:
+    """Promote the version if the rule allows it, and return the paragraph; UserError says why not."""
+    models, advisor, name = options.models, options.advisor, f"v{number}"
+    found = read_report(report)
+    photographs = counted(found["summary"]["photographs"], "held-out photograph")
+    trained = (read_json(version_folder(models, advisor, number) / ARGS).get("train_data") or {}).get("examples", 0)
+    opening = f"{name} of {advisor} was trained on {counted(trained, 'example')} and judged on {photographs}"
+    objections = options.rule.objections(found["gates"])
+    if objections:
+        kept, _ = keep_report(models, advisor, number, report)
+        reasons = "; ".join(f"{row['title']}: {row['verdict']} ({row['reason']})" for row in objections)
+        families = dict.fromkeys(row["figure"].split(".")[0] for row in objections)
+        advice = " ".join(ADVICE[family] for family in families if family in ADVICE)
+        text = f"{opening}; it is not promoted: {reasons}. {in_use_sentence(models, advisor)} {advice}"
+        raise UserError(f"{text} Report: {kept.with_suffix('.html')}")
+    record, _ = promote(models, advisor, number, report, options.rule)
+    likely = [f"{row['title']} ({row['reason']})" for row in found["gates"] if row["verdict"] == "likely"]
+    doubt = f" Not yet certain: {'; '.join(likely)}." if likely else ""
+    before = record["history"][0]["version"] if record["history"] else None
+    return (
+        f"{opening}; it is in use now in place of {before or 'the base alone'} ({record['verdict']}).{doubt} "
+        f"A running service takes it with: curl -X POST localhost:5100/lora/reload. A service that does not use the "
+        f"record yet is started with --lora_path {record_path(models, advisor).resolve()}. Back again: make rollback "
+        f"ADVISOR={advisor}. Report: {record_path(models, advisor).parent / record['report']}"
+    )
 
 
 def refuse_held_out(train: Path, have: dict[int, Path]) -> None:
@@ -95,16 +171,3 @@ def _run(
     code = subprocess.run(command, check=False).returncode
     if code and not may_fail:
         raise UserError(f"{script} failed (exit code {code}); see above, then run the round again")
-
-
-def _decide(models: Path, advisor: str, number: int, report: Path, incumbent: Path | None) -> None:
-    if not report.is_file():
-        raise UserError(f"{report}: evaluation wrote no report; see above, then run the round again")
-    reasons = failed(read_json(report)["gates"])
-    if reasons:
-        kept = versions.keep_report(models, advisor, number, report)
-        stays = f"v{versions.parse_folder(incumbent)[1]} stays" if incumbent else "the base alone stays"
-        lines = [f"v{number} of {advisor} is not promoted, {stays} in use (report: {kept.with_suffix('.html')})"]
-        refuse(lines + [f"{row['title']}: {row['verdict']} ({row['reason']})" for row in reasons])
-    record = versions.promote(models, advisor, number, report, None)
-    click.echo(f"{advisor}: {record['version']} is in use now ({versions.record_path(models, advisor)})")

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from common.files import write_json
 from common.records import ARGS, software_versions
-from common.release.adapter import adapter_config, write_adapter
+from common.training.adapter_files import adapter_config, write_adapter
 from common.training.model_card import write_card
 from integration.lora_patch.vlm import TARGET_MODULES
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.records import ARGS
-from common.release.adapter import CONFIG, PEFT_WEIGHTS
 from common.training.checkpoint import Checkpoints
+from integration.lora_patch.versions import CONFIG, PEFT_WEIGHTS
 
 # settings that a resumed run may change, since the adapter comes out the same; what they name is compared by content
 FREE = {

@@ -6,8 +6,12 @@ PREFIX = "qwen3-vl-4b-lora-"  # models/qwen3-vl-4b-lora-ansel, version 2 in ...-
 
 
 def is_advisor(text: str) -> bool:
-    """Tell whether a text can name an advisor: letters, digits, "_", "-", "." and spaces, the first no sign."""
-    return re.fullmatch(r"\w([\w .-]{0,98}[\w-])?", text) is not None
+    """Tell whether a text can name an advisor: letters, digits, "_", "-", "." and spaces, the first no sign.
+
+    A name that ends like a version ("ansel-v2") or like a folder set aside would be read as one, so it names nobody.
+    """
+    ending = re.search(r"-v\d+$", text) or is_set_aside(text)
+    return not ending and re.fullmatch(r"\w([\w .-]{0,98}[\w-])?", text) is not None
 
 
 def adapter_name(advisor: str, number: int = 1) -> str:

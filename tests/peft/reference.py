@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from common.model.lora import attach_lora, lora_parameters  # noqa: E402
-from common.release.adapter import adapter_config, write_adapter  # noqa: E402
 from common.release.fuse import fuse_adapter  # noqa: E402
+from common.training.adapter_files import adapter_config, write_adapter  # noqa: E402
 from integration.lora_patch.vlm import encode, load_base  # noqa: E402
 from tests.sample import scenes  # noqa: E402
 

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from common.errors import UserError
 from common.files import write_json
 from common.model.lora import attach_lora, lora_parameters, update_lora
-from common.release.adapter import adapter_config, main, mlx_name, peft_name, read_adapter, write_adapter
+from common.release.adapter import main
 from common.tensors import save_tensors
+from common.training.adapter_files import adapter_config, mlx_name, peft_name, read_adapter, write_adapter
 from integration.lora_patch.fingerprint import base_fingerprint
 from integration.lora_patch.vlm import Base, encode, load_base
 from tests.sample import scenes
@@ -113,7 +114,9 @@ def test_one_that_is_half_written_is_no_adapter(made, tiny_base, tmp_path, monke
     """A kill between the two weight files leaves a folder that neither reader takes."""
     _, tensors, config = made
     write_adapter(tmp_path / "cut", tensors, config)
-    monkeypatch.setattr("common.release.adapter._compare", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "common.training.adapter_files._compare", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         write_adapter(tmp_path / "cut", {name: 2 * tensor for name, tensor in tensors.items()}, config)
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):
@@ -125,7 +128,7 @@ def test_what_reads_back_otherwise_is_noticed(made, tmp_path, monkeypatch):
     _, tensors, config = made
     changed = {name: tensor + (name.endswith("q_proj.lora_a")) for name, tensor in tensors.items()}
     monkeypatch.setattr(
-        "common.release.adapter.save_tensors", lambda path, values, meta: save_tensors(path, changed, meta)
+        "common.training.adapter_files.save_tensors", lambda path, values, meta: save_tensors(path, changed, meta)
     )
     with pytest.raises(UserError, match="lora_a reads back changed"):
         write_adapter(tmp_path, tensors, config)

@@ -1,14 +1,21 @@
 """Versions and which is in use: promotion decides from the report anew, rollback goes back, nothing is overwritten."""
 
 import json
+import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from common.files import read_json, write_json, write_jsonl
-from common.release import rounds, versions
+from common.evaluation import comparison
+from common.files import read_json, sha256_file, write_json, write_jsonl
+from common.release import promotion, rounds
+from common.release.versions import main
+from integration.lora_patch import versions
+from integration.lora_patch.names import is_advisor
 from tests.evaluation_case import evaluate, make_adapter, make_data, read_jsonl
 
 QUICK = ("--max_tokens", 16, "--timing_examples", 0)
@@ -19,7 +26,7 @@ LOSS_ALONE = "".join(
 
 def run(work: Path, command: str, *arguments: object) -> Result:
     given = [command, "--advisor", "ansel", "--work", str(work), *map(str, arguments)]
-    result = CliRunner().invoke(versions.main, given)
+    result = CliRunner().invoke(main, given)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -65,7 +72,8 @@ def test_promote_writes_the_record_that_the_service_reads(work):
     assert found["base_fingerprint"] == read_json(folder / "training_args.json")["base_fingerprint"]
     kept = work / "models" / "ansel" / found["report"]
     assert read_json(kept)["verdict"]["passed"] and kept.with_suffix(".html").is_file()
-    assert "note: gate base_format was switched off" in result.output
+    assert "gate base_format was switched off" in found["rule"] and found["rule"] in result.output
+    assert f"--lora_path {work.resolve()}/models/ansel/deployed.json" in result.output
 
 
 def test_promote_and_roll_back_through_the_versions(work):
@@ -147,10 +155,13 @@ def test_version_in_use_that_was_tampered_with_is_noticed(work):
 
 def test_list_shows_every_version_with_its_figures(work):
     run(work, "promote", "--version", "v1")
-    lines = run(work, "list").output.splitlines()
-    assert [line.split()[:2] for line in lines[1:]] == [["*", "v1"], ["v2", "3"], ["v3", "3"]]
-    assert "not evaluated" not in "".join(lines)
-    assert lines[3].split("nats a token")[1].split()[-3:-1] == ["2", "failed"]
+    output = run(work, "list").output
+    rows = [line.split() for line in output.splitlines() if re.match(r"v\d", line)]
+    assert [row[0] for row in rows[:3]] == ["v1", "v2", "v3"] and rows[0][1] == "*" and rows[1][2] == "3+10"
+    assert [row[-1] for row in rows[:3]] == ["pass", "pass", "fail"]
+    text = " ".join(output.split())
+    assert "v1 is in use since" in text and "promoted as pass by the rule: every gate pass or likely" in text
+    assert "models/ansel/deployed.json, put there by" in text and "history.jsonl" in text
 
 
 def test_list_without_versions_says_how_to_train_one(tmp_path):
@@ -171,21 +182,25 @@ def test_unfinished_and_renamed_folders_are_no_versions(work):
 def test_damaged_record_is_one_line(work):
     place = work / "models" / "ansel" / "deployed.json"
     place.parent.mkdir(exist_ok=True)
-    for text, problem in (("{", "not valid JSON"), ("[]", "a JSON object"), ('{"schema_version": 9}', "schema 9")):
+    for text, problem in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "a JSON object"),
+        ('{"schema_version": 9}', "schema 9"),
+    ):
         place.write_text(text)
         result = run(work, "rollback")
         assert result.exit_code == 1 and problem in result.stderr
 
 
 def test_second_round_at_the_same_time_is_kept_out(work):
-    with versions.locked(work / "models", "ansel"):
+    with promotion.locked(work / "models", "ansel"):
         result = run(work, "promote", "--version", "v1")
     assert result.exit_code == 1 and "another round, promotion or rollback is running" in result.stderr
 
 
 @pytest.mark.parametrize("advisor", ["../x", "a/b", ".hidden", ""])
 def test_advisor_is_a_name_and_no_path(tmp_path, advisor):
-    result = CliRunner().invoke(versions.main, ["list", "--advisor", advisor, "--work", str(tmp_path)])
+    result = CliRunner().invoke(main, ["list", "--advisor", advisor, "--work", str(tmp_path)])
     assert result.exit_code == 2
 
 
@@ -206,7 +221,7 @@ def phases(monkeypatch, tiny_base):
         if script == "prepare_training_data.py":
             folder = Path(given["--output_dir"])
             for path, side in zip(done["data"], ("train", "val"), strict=True):
-                target = folder / f"training_data_ansel_{side}.jsonl"
+                target = folder / f"training_data_ansel_{side}.jsonl"  # the advisor's own
                 if path != target:
                     shutil.copy(path, target)
         if script == "train_mlx_lora.py":
@@ -251,35 +266,28 @@ def test_round_keeps_the_version_in_use_when_a_gate_fails(work, phases, tiny_bas
     hashes = {number: versions.adapter_hashes(path) for number, path in _all(work).items()}
     result = run(work, "iterate", "--base_model", tiny_base)
     assert result.exit_code == 1
-    assert "v4 of ansel is not promoted, v1 stays in use" in result.stderr
+    assert "it is not promoted" in result.stderr and "v1 is in use since" in result.stderr
     assert "Validation loss not worse than deployed: fail" in result.stderr
     assert record(work)["version"] == "v1"
     assert list((work / "models" / "ansel" / "reports").glob("v4-*.html"))
     assert {number: versions.adapter_hashes(path) for number, path in _all(work).items() if number < 4} == hashes
 
 
-def test_round_without_a_record_is_measured_against_the_newest_and_can_be_rolled_back_to_it(work, phases, tiny_base):
-    phases.update(data=make_data(work), gates=work / "gates.toml")
+@pytest.mark.parametrize("climb", [3.0, -3.0])
+def test_version_that_was_never_promoted_is_not_written_down_as_in_use(work, phases, tiny_base, climb):
+    """v1 exists and was never promoted: the round compares with the base alone, and its record names no v1."""
+    phases.update(data=make_data(work), gates=work / "gates.toml", climb=climb)
     for number in (2, 3):
-        shutil.rmtree(work / "models" / f"qwen3-vl-4b-lora-ansel-v{number}")
-    result = run(work, "iterate", "--base_model", tiny_base)
-    assert result.exit_code == 0, result.output
-    assert record(work)["version"] == "v2"
-    assert run(work, "rollback").output == "ansel: back from v2 to v1\n"
-
-
-@pytest.mark.parametrize(
-    ("earlier", "stays", "adapter"), [(1, "v1", "../qwen3-vl-4b-lora-ansel"), (0, "the base alone", None)]
-)
-def test_rejected_version_is_never_the_one_that_the_service_takes(work, phases, tiny_base, earlier, stays, adapter):
-    """Where no record is, the service takes the newest version: a round leaves none without a record."""
-    phases.update(data=make_data(work), gates=work / "gates.toml", climb=3.0)
-    for number in range(earlier + 1, 4):
         shutil.rmtree(versions.version_folder(work / "models", "ansel", number))
     result = run(work, "iterate", "--base_model", tiny_base)
-    assert result.exit_code == 1
-    assert f"v{earlier + 1} of ansel is not promoted, {stays} stays in use" in result.stderr
-    assert record(work)["adapter"] == adapter
+    given = next(arguments for script, arguments, _ in phases["commands"] if script == "evaluate_lora.py")
+    assert given[given.index("--deployed") + 1] == "none"
+    if climb > 0:
+        assert result.exit_code == 1 and "has the service answer with the base alone" in " ".join(result.stderr.split())
+        assert record(work)["adapter"] is None
+    else:
+        assert result.exit_code == 0 and record(work)["version"] == "v2"
+        assert run(work, "rollback").output == "ansel: back from v2 to the base alone\n"
 
 
 def test_held_out_photographs_never_become_training_data(work, phases, tiny_base):
@@ -309,3 +317,96 @@ def test_record_is_plain_json(work):
     run(work, "promote", "--version", "v1")
     text = (work / "models" / "ansel" / "deployed.json").read_text()
     assert json.loads(text)["version"] == "v1" and text.endswith("}\n")
+
+
+def test_history_keeps_who_when_what_and_by_which_rule(work):
+    for command in (("promote", "--version", "v1"), ("promote", "--version", "v2"), ("rollback",)):
+        assert run(work, *command).exit_code == 0
+    path = work / "models" / "ansel" / "history.jsonl"
+    lines = read_jsonl(path)
+    assert [(line["action"], line["before"], line["version"]) for line in lines] == [
+        ("promoted", None, "v1"), ("promoted", "v1", "v2"), ("rolled back", "v2", "v1"),
+    ]  # fmt: skip
+    for line in lines:
+        assert "@" in line["by"] and line["at"].endswith("+00:00") and line["verdict"] == "pass"
+        kept = path.parent / line["report"]
+        assert sha256_file(kept) == line["report_sha256"] and line["rule"].startswith("every gate pass or likely")
+    before = path.read_bytes()
+    assert run(work, "promote", "--version", "v1").exit_code == 0  # in use already: nothing to write
+    assert path.read_bytes() == before
+    assert run(work, "rollback").exit_code == 0
+    assert path.read_bytes().startswith(before)
+
+
+def test_record_without_its_line_in_the_history_is_written_down_first(work):
+    """A crash between the two, or a record from before there was a history."""
+    assert run(work, "promote", "--version", "v1").exit_code == 0
+    path = work / "models" / "ansel" / "history.jsonl"
+    path.unlink()
+    assert run(work, "rollback").exit_code == 0
+    assert [(line["action"], line["version"]) for line in read_jsonl(path)] == [
+        ("found in use", "v1"), ("rolled back", None),
+    ]  # fmt: skip
+
+
+def test_list_as_json(work):
+    run(work, "promote", "--version", "v1")
+    found = json.loads(run(work, "list", "--json").output)["versions"]
+    assert [(row["version"], row["verdict"], row["in_use"]) for row in found] == [
+        ("v1", "pass", True), ("v2", "pass", False), ("v3", "fail", False),
+    ]  # fmt: skip
+    assert found[0]["record"].endswith("models/ansel/deployed.json") and found[1]["record"] is None
+    assert found[0]["promotions"][0]["action"] == "promoted" and found[0]["figures"]["loss.nats"]["n"] == 10
+
+
+def rejudged(monkeypatch, verdict: str) -> None:
+    """Have one gate come out with this verdict when promotion judges the report anew."""
+
+    def again(report, wanted):
+        report = comparison.recomputed(report, wanted)
+        gates = [row | ({"verdict": verdict} if row["name"] == "base_loss" else {}) for row in report["gates"]]
+        return report | {"gates": gates}
+
+    monkeypatch.setattr(promotion, "recomputed", again)
+
+
+def test_likely_is_promotable_and_strict_wants_pass(work, monkeypatch):
+    rejudged(monkeypatch, "likely")
+    strict = run(work, "promote", "--version", "v1", "--strict")
+    assert strict.exit_code == 1 and "Validation loss not worse than the base's: likely" in strict.stderr
+    assert run(work, "promote", "--version", "v1").exit_code == 0
+    assert record(work)["verdict"] == "likely"
+
+
+def test_advisor_with_a_dot_has_versions_like_any_other(tmp_path):
+    models = tmp_path / "models"
+    for name in ("mary.ellen", "mary.ellen-v2", "mary.ellen.replaced-1", "mary"):
+        folder = models / f"qwen3-vl-4b-lora-{name}"
+        folder.mkdir(parents=True)
+        (folder / "training_args.json").write_text("{}")
+    assert list(versions.find_versions(models, "mary.ellen")) == [1, 2]
+    assert versions.parse_folder(models / "qwen3-vl-4b-lora-mary.ellen-v2") == ("mary.ellen", 2)
+    assert versions.parse_folder(models / "qwen3-vl-4b-lora-mary.ellen.replaced-1") == (None, 1)
+    assert all(map(is_advisor, ("mary.ellen", "o_keeffe", "\u00e9lan", "a-b")))
+    assert not any(map(is_advisor, ("ansel-v2", "ansel.replaced-1", "-x", "a/b", "ansel\n", "")))
+
+
+def test_record_means_the_same_from_every_folder(work, monkeypatch, tmp_path):
+    assert run(work, "promote", "--version", "v1").exit_code == 0
+    absolute = versions.deployed_folder(work / "models" / "ansel" / "deployed.json")
+    for folder in (work, work / "models", work / "models" / "ansel"):
+        monkeypatch.chdir(folder)
+        relative = Path(os.path.relpath(work / "models" / "ansel" / "deployed.json"))
+        assert versions.deployed_folder(relative).resolve() == absolute.resolve()
+    shutil.move(work / "models", tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert versions.deployed_folder(Path("elsewhere/ansel/deployed.json")).is_dir()
+
+
+def test_training_without_its_end_marker_is_not_evaluated(work, phases, tiny_base, monkeypatch):
+    """mlx.launch exits 0 after a process of its was killed."""
+    phases.update(data=make_data(work), gates=work / "gates.toml")
+    monkeypatch.setattr(sys.modules[__name__], "make_adapter", lambda folder, *rest, **more: folder.mkdir())
+    result = run(work, "iterate", "--base_model", tiny_base, "--hosts", "hosts.json")
+    assert result.exit_code == 1 and "training did not finish" in result.stderr
+    assert "evaluate_lora.py" not in [script for script, _, _ in phases["commands"]]

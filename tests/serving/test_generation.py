@@ -8,7 +8,7 @@ import mlx.nn as nn
 import pytest
 
 from common.analysis import DIMENSIONS7, check_strict
-from common.release.adapter import read_adapter
+from common.training.adapter_files import read_adapter
 from integration.lora_patch import vlm
 from integration.lora_patch.generation import Decoding, Grammar, Request, _Cache, answer_schema, prompt_row
 from tests.evaluation_case import make_adapter, make_data

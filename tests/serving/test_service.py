@@ -11,7 +11,7 @@ import mlx_vlm
 import pytest
 from PIL import Image
 
-from common.release.versions import rollback
+from common.release.promotion import rollback
 from integration.lora_patch.photo import load_photo
 from tests.sample.make_tree import sample_prompt
 from tests.standin.running import STANDIN, VARIANTS, RunningService, deploy, make_adapter

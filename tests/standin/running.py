@@ -17,9 +17,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from common.files import write_json
-from common.release.adapter import adapter_config, write_adapter
-from common.release.versions import new_record, record_path
+from common.release.promotion import new_record
+from common.training.adapter_files import adapter_config, write_adapter
 from integration.lora_patch.fingerprint import base_fingerprint
+from integration.lora_patch.versions import record_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PATCH = ROOT / "integration" / "lora_patch"
@@ -70,7 +71,7 @@ def deploy(models: Path, advisor: str, *numbers: int) -> None:
     """Write models/ADVISOR/deployed.json as promoting these versions one after another does."""
     history: list[dict] = []
     for number in numbers:
-        record = new_record(models, advisor, number, None, history)
+        record = new_record(models, advisor, number, {"report": None}, history)
         history = [{key: value for key, value in record.items() if key != "history"}, *history]
     (models / advisor).mkdir(exist_ok=True)
     write_json(record_path(models, advisor), record)

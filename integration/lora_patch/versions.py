@@ -1,0 +1,94 @@
+"""Where the versions of an advisor's adapter lie, and which of them is in use.
+
+    models/qwen3-vl-4b-lora-ansel       version 1 (adapter_config.json, two weight files, training_args.json)
+    models/qwen3-vl-4b-lora-ansel-v2    version 2
+    models/ansel/deployed.json          the record: which of them is in use
+
+Training names its folder by these rules, promotion writes the record, evaluation and the service read it. Paths in a
+record are relative to the record's own folder, so it means the same from every working directory and after the whole
+of models/ was moved. Needs the standard library alone.
+"""
+
+import hashlib
+from pathlib import Path
+
+from .errors import LoraError
+from .files import read_json
+from .names import PREFIX, adapter_name, is_set_aside, parse_name
+
+CONFIG, PEFT_WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
+ARGS = "training_args.json"  # training writes it last: a folder that has it is finished
+RECORD = "deployed.json"
+SCHEMA_VERSION = 1
+NO_VERSION = {"version": None, "adapter": None, "sha256": {}, "base_fingerprint": None, "report": None}
+
+
+def version_folder(models: Path, advisor: str, number: int) -> Path:
+    """Return where version ``number`` (from 1) of an advisor's adapter lies."""
+    return models / adapter_name(advisor, number)
+
+
+def parse_folder(folder: Path) -> tuple[str | None, int]:
+    """Return (advisor, version number) of an adapter folder by its name, (None, 1) for a name of another form."""
+    name = Path(folder).resolve().name
+    return parse_name(name) if "lora-" in name and not is_set_aside(name) else (None, 1)
+
+
+def find_versions(models: Path, advisor: str) -> dict[int, Path]:
+    """Return {number: folder} of the finished versions, oldest first."""
+    found = {}
+    for folder in models.glob(f"{PREFIX}{advisor}*"):
+        name, number = parse_folder(folder)
+        # the name must be the version's own: an advisor "ansel-two" is another, and "ansel-v02" is no name of ours
+        if name == advisor and folder == version_folder(models, advisor, number) and (folder / ARGS).is_file():
+            found[number] = folder
+    return dict(sorted(found.items()))
+
+
+def adapter_hashes(folder: Path) -> dict[str, str]:
+    """Return {file: SHA-256 in hex} of the files that make an adapter what it is."""
+    found = {}
+    for name in (CONFIG, PEFT_WEIGHTS, MLX_WEIGHTS):
+        if (folder / name).is_file():
+            with open(folder / name, "rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def record_path(models: Path, advisor: str) -> Path:
+    """Return the record that says which version of an advisor's adapter is in use."""
+    return models / advisor / RECORD
+
+
+def read_record(path: Path) -> dict | None:
+    """Read deployed.json; None when no version was ever put in use. LoraError for a damaged one."""
+    if not path.is_file():
+        return None
+    record, problem = read_json(path), None
+    if record.get("schema_version") != SCHEMA_VERSION:
+        problem = f"schema {str(record.get('schema_version'))[:20]}, this program reads {SCHEMA_VERSION}"
+    if not problem and record.get("adapter") is not None:
+        fields = {"version": str, "adapter": str, "sha256": dict, "history": list}
+        wrong = [name for name, kind in fields.items() if not isinstance(record.get(name), kind)]
+        problem = f"{', '.join(wrong)} missing or of the wrong kind" if wrong else None
+    if problem:
+        raise LoraError(f"{path}: {problem}; restore the file, or delete it and promote a version again")
+    return record
+
+
+def deployed_folder(path: Path) -> Path | None:
+    """Return the folder of the adapter in use by a record, None when there is none; LoraError when it has changed."""
+    record = read_record(path)
+    if record is None or record["adapter"] is None:
+        return None
+    folder = path.parent / record["adapter"]
+    check_unchanged(folder, record["sha256"], f"{path} says that {record['version']} is in use, but")
+    return folder
+
+
+def check_unchanged(folder: Path, hashes: dict, opening: str) -> None:
+    """LoraError, beginning with ``opening``, when an adapter's files are not those that were promoted."""
+    found = adapter_hashes(folder) if folder.is_dir() else {}
+    changed = [name for name, sha in hashes.items() if found.get(name) != sha]
+    if changed or not hashes:
+        raise LoraError(f"{opening} {folder} has changed or is gone ({', '.join(changed)}); restore it from a copy")
