@@ -2,7 +2,7 @@
 
     python evaluate_lora.py --lora_path ./models/qwen3-vl-4b-lora-ansel
     python evaluate_lora.py --lora_path ... --max_examples 4                     # a quick look
-    python evaluate_lora.py --lora_path ... --gates gates.toml --constrained
+    python evaluate_lora.py --photo me.jpg                                       # base and adapter side by side
 
 Reads the adapter folder, and the base model and validation data that its training_args.json names. Writes
 evaluation/comparison_report.json (everything, recomputable) and .html (to read), logs raw outputs under
@@ -28,13 +28,18 @@ from common.evaluation import setup as held_out
 from common.evaluation.comparison import decided, judged
 from common.evaluation.gates import failed, load_gates
 from common.evaluation.generations import OutputLog, RecordedSource, Source
+from common.evaluation.tryout import make_task, try_photos
 
 AUTO = "auto"
 
 
 @click.command(cls=PhaseCommand, help=__doc__)
 @option_group("Model")
-@click.option("--lora_path", required=True, type=click.Path(path_type=Path), help="adapter folder, the candidate")
+@click.option(
+    "--lora_path",
+    type=click.Path(path_type=Path),
+    help="adapter folder, the candidate; with --photo also the folder of all adapters  [default: models]",
+)
 @click.option("--base_model", help="hub id or folder  [default: the one the adapter was trained on]")
 @click.option(
     "--deployed",
@@ -43,6 +48,14 @@ AUTO = "auto"
     help="adapter in use: its folder, its deployed.json, none, or auto (models/ADVISOR/deployed.json)",
 )
 @option_group("Data")
+@click.option(
+    "--photo",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="only show what base and adapter say of this photograph; may be repeated",
+)
+@click.option("--advisor", help="with --photo: whose adapter, where models holds several")
+@click.option("--versions", help="with --photo: v1,v2 in place of base and the adapter in use, else the newest")
 @click.option("--val_data", help="held-out examples  [default: the validation data of the training]")
 @click.option("--max_examples", type=click.IntRange(1), help="only the first so many")
 @click.option(
@@ -94,6 +107,11 @@ AUTO = "auto"
 @click.option("--sample_outputs", is_flag=True, help="also keep every raw output in a JSONL beside the report")
 @click.pass_context
 def main(ctx: click.Context, **options) -> None:
+    tried = [options.pop(name) for name in ("photo", "advisor", "versions")]
+    if tried[0]:
+        return try_out(*tried, options)
+    if options["lora_path"] is None:
+        raise click.UsageError("Missing option '--lora_path'.")
     started = time.time()
     settings = SimpleNamespace(**options)
     gates = load_gates(settings.gates)
@@ -112,6 +130,14 @@ def main(ctx: click.Context, **options) -> None:
     comparison = decided(judged(report.assemble(settings, source, items, rows, time.time() - started)), gates)
     report.write(comparison, settings, rows)
     sys.exit(tell(comparison, settings))
+
+
+def try_out(photos: tuple[Path, ...], advisor: str | None, versions: str | None, options: dict) -> None:
+    """Show what base and adapter say of a person's own photographs; nothing is judged."""
+    task = make_task(
+        options["lora_path"], advisor, versions, options["base_model"], options["val_data"], options["max_tokens"]
+    )
+    try_photos(list(photos), task, Path(options["output_report"]).with_name("try.html"))
 
 
 def collect(source: Source, items: list, settings: SimpleNamespace) -> list[dict]:

@@ -1,0 +1,29 @@
+"""Self-contained HTML pages: photographs inside the page, templates that escape everything."""
+
+import base64
+import io
+from pathlib import Path
+
+from common.files import write_text
+from integration.lora_patch.photo import load_photo
+
+
+def embedded(path: str | Path, side: int, quality: int = 75) -> str:
+    """Return a photograph as a JPEG in a data: URL, its long side at most ``side`` pixels. PhotoError if unreadable."""
+    buffer = io.BytesIO()
+    load_photo(path, side).save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_page(path: Path, template: Path, **values: object) -> None:
+    """Fill a Jinja template and write the page, atomically. A name that the template lacks is an error, not a gap."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    write_text(path, environment.get_template(template.name).render(**values))
