@@ -7,7 +7,8 @@ row itself is read again, by its place in the file, when it is written.
 import base64
 import json
 import os
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.analysis import compact_json, projected
-from common.data.database import sortable_time
+from common.data.database import shown, sortable_time
 from common.data.near_duplicates import THUMB_BYTES
 from common.data.quality import Crowd, Target, copied_scores, judge
 from common.errors import UserError, refuse
@@ -141,8 +142,36 @@ def _is_dimension(item: object) -> bool:
     )
 
 
-def judge_all(manifest: Manifest, advisor: str, target: Target) -> tuple[list[Candidate], dict[str, bytes], Crowd]:
-    """Return (candidates, {sha256: thumbnail}, what is to be compared among all) of an advisor's rows."""
+def choose_advisor(manifest: Manifest, advisor: str | None) -> tuple[str, list[Path]]:
+    """Return (advisor as the manifest spells it, databases of its jobs); UserError with the choice that there is."""
+    counts: Counter = Counter()
+    databases: dict[str, dict[str, None]] = defaultdict(dict)
+    for _, row in manifest.rows("reading"):
+        counts[row["advisor"]] += 1
+        if isinstance(row.get("database"), str):
+            databases[row["advisor"].lower()][row["database"]] = None
+    there = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common(20)) or "none; link jobs first"
+    if advisor is None and len({name.lower() for name in counts}) != 1:
+        raise UserError(f"{manifest.path}: name one of its advisors with --advisor: {there}")
+    spelled = [name for name, _ in counts.most_common() if advisor is None or name.lower() == advisor.strip().lower()]
+    if not spelled:
+        raise UserError(f"{manifest.path}: no jobs of {advisor!r}; advisors in it: {there}")
+    if not re.fullmatch(r"\w[\w .-]*", spelled[0]):
+        raise UserError(f"{manifest.path}: {shown(spelled[0])!r} cannot be part of a file name; rename the advisor")
+    return spelled[0], list(map(Path, databases[spelled[0].lower()]))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An advisor's linked jobs, each judged by itself."""
+
+    candidates: list[Candidate]
+    thumbs: dict[str, bytes]  # {SHA-256 of a photograph: its thumbnail}
+    crowd: Crowd  # what is still to be compared among all
+
+
+def judge_all(manifest: Manifest, advisor: str, target: Target) -> Judged:
+    """Judge each of an advisor's rows by itself."""
     candidates: list[Candidate] = []
     thumbs: dict[str, bytes] = {}
     crowd = Crowd()
@@ -150,13 +179,14 @@ def judge_all(manifest: Manifest, advisor: str, target: Target) -> tuple[list[Ca
         if row["advisor"].lower() != advisor.lower():
             continue
         candidates.append(_candidate(place, row, target))
-        crowd.add(_as_trained(row, target)[0])
+        crowd.add(as_trained(row, target)[0])
         if row["image_sha256"] not in thumbs:
             thumbs[row["image_sha256"]] = base64.b64decode(row["image_thumb"])
-    return candidates, thumbs, crowd
+    return Judged(candidates, thumbs, crowd)
 
 
-def _as_trained(row: dict, target: Target) -> tuple[dict, bool]:
+def as_trained(row: dict, target: Target) -> tuple[dict, bool]:
+    """Return (a row's analysis with the prompt's dimensions alone, whether some were dropped)."""
     try:
         return projected(row["analysis"], target.dimensions)
     except KeyError:
@@ -165,11 +195,11 @@ def _as_trained(row: dict, target: Target) -> tuple[dict, bool]:
 
 def response_of(row: dict, target: Target) -> str:
     """Return the response that an example teaches: the canonical JSON with the prompt's dimensions in its order."""
-    return compact_json(_as_trained(row, target)[0])
+    return compact_json(as_trained(row, target)[0])
 
 
 def _candidate(place: int, row: dict, target: Target) -> Candidate:
-    analysis, dropped = _as_trained(row, target)
+    analysis, dropped = as_trained(row, target)
     source = row["analysis"]
     scores = tuple(d["score"] for d in source["dimensions"])
     example = tuple(row.get("prompt_scores") or target.scores)

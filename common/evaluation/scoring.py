@@ -7,8 +7,8 @@ import re
 import numpy as np
 from sacrebleu.metrics import CHRF
 
-from common.analysis import check_strict, parse_lenient
-from common.data.quality import foreign_text
+from common.analysis import check_strict, parse_lenient, texts_of
+from common.language import foreign_text
 from integration.lora_patch.repetition import repeated_tail
 
 # Every way to fail, worst first; an output is counted under the first that holds and lists them all.
@@ -38,7 +38,7 @@ def judge(text: str, finish: str, dimensions: list[str]) -> dict:
     """
     analysis, mends = parse_lenient(text)
     analysis = _encodable(analysis)
-    foreign = foreign_text(analysis) is not None if analysis else not is_latin(text)
+    foreign = foreign_text(texts_of(analysis)) is not None if analysis else not is_latin(text)
     problems = list(check_strict(text, dimensions)) if finish == "stop" else []
     found = set(_classify(text, finish, dimensions)) | ({"wrong_language"} if foreign else set())
     if problems and not found:

@@ -128,7 +128,7 @@ BAD = {
     "overall": {"overall_score": 9.9},
     "flat_scores": {"dimensions": dimensions(lambda d: {**d, "score": 5}), "overall_score": 5.0},
     "sections": {"technical_notes": ""},
-    "length": {"dimensions": dimensions(lambda d: {**d, "comment": " ".join(f"the {i}th" for i in range(80))})},
+    "length": {"dimensions": dimensions(lambda d: {**d, "comment": " ".join(f"a stone of {i}," for i in range(40))})},
     "boilerplate": {"dimensions": dimensions(lambda d: {**d, "recommendation": "Add elements to the foreground."})},
     "mends": {},
 }  # fmt: skip
@@ -180,9 +180,9 @@ def test_copied_scores_come_first(tree: Tree):
     summary = " ".join(result.output[result.output.index("Copied scores") :].split())
     assert summary.startswith(f"Copied scores: {sentence}")
     card_text = (tree.folder / "out/training_data_ansel_card.html").read_text()
-    assert (
-        card_text[card_text.index("<main>") :].split("\n")[1].startswith('<p class="lead warn">Copied scores: 15 of 26')
-    )
+    lead = card_text[card_text.index("<main>") :].split("\n")[1:3]
+    assert lead[0].startswith('<h1 class="warn">Ready: 21 + 5 photographs, 1 warning')
+    assert "Copied scores: 15 of 26" in lead[1]
     assert tree.meta()["copied_scores"]["share"] == round(15 / 26, 4)
     ready(tree, "--gate", "copied_scores=reject")
     assert {job for job, row in verdicts(tree).items() if row["reason"] == "copied_scores"} == {
@@ -390,7 +390,7 @@ def test_an_interrupt_leaves_whole_files(tree: Tree, monkeypatch: pytest.MonkeyP
     assert {path.name: path.read_bytes() for path in out.glob("training_data_*")} == before
     monkeypatch.undo()
     tree.link()
-    monkeypatch.setattr(prepare_training_data.Work, "_meta", interrupted)
+    monkeypatch.setattr(prepare_training_data, "data_card", interrupted)
     assert tree.prepare().exit_code == 130
     assert not list(out.glob("*.tmp")) and not list(out.glob(".*.tmp"))
     monkeypatch.undo()
