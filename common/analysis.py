@@ -85,6 +85,13 @@ def canonical(value: dict, extra: frozenset[str] = frozenset()) -> tuple[dict, l
     return analysis, list(dict.fromkeys(mends))
 
 
+def texts_of(analysis: dict) -> list[str]:
+    """Return the texts of a canonical analysis, names left out."""
+    texts = [analysis[key] for key in ("image_description", "technical_notes") if key in analysis]
+    texts += [d[key] for d in analysis["dimensions"] for key in ("comment", "recommendation") if key in d]
+    return texts + analysis.get("key_strengths", []) + analysis.get("priority_improvements", [])
+
+
 def _without_control_characters(value: Any) -> Any:
     if isinstance(value, str):
         return _CONTROL.sub("", value)

@@ -8,7 +8,6 @@ by `Crowd` when all have been seen.
 """
 
 import re
-import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from common.analysis import compact_json, mean_score, texts_of
 from common.errors import UserError
 from common.language import foreign_text
+from integration.lora_patch.repetition import repeated_phrase
 
 LEVELS = ("reject", "warn", "off")
 OVERALL_TOLERANCE = 0.5  # points between the overall score and the mean of the dimensions
@@ -67,7 +67,6 @@ _NOT_AFTER_ARTICLE = frozenset(
 _LONG_RUN, _MAX_IN_RUNS = 7, 0.15
 _MIN_ARTICLES, _MAX_BAD_ARTICLES = 8, 0.1  # shuffled words have 25% and more
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
-_RUN = re.compile(r"(?s)(\S.{0,40}?)(?:\s*\1){7,}")
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,9 @@ def judge(row: dict, source: dict, analysis: dict, target: Target) -> dict[str, 
     fractions = [d for d in dimensions if not isinstance(d["score"], int)]
     if fractions:
         found["whole_scores"] = f"{fractions[0]['name']} has {fractions[0]['score']}"
-    if strange := foreign_text(texts):
+    if strange := foreign_text(analysis):
         found["language"] = strange
-    if repeated := next((quote for text in texts if (quote := repetition(text))), None):
+    if repeated := next((quote for text in texts if (quote := repeated_phrase(text))), None):
         found["repetition"] = repeated
     if "language" not in found and (salad := word_salad(texts)):
         found["word_salad"] = salad
@@ -185,23 +184,6 @@ def word_salad(texts: list[str]) -> str | None:
         return f"{in_runs / total:.0%} of the words stand in runs of {_LONG_RUN} or more without a small word"
     if articles >= _MIN_ARTICLES and bad > _MAX_BAD_ARTICLES * articles:
         return f"{bad / articles:.0%} of the articles stand before a word that follows no article"
-    return None
-
-
-def repetition(text: str) -> str | None:
-    """Return a piece of what a text repeats until it says nothing else; None for an ordinary text."""
-    if len(text) < 60:
-        return None
-    words = text.split()
-    if len(words) >= 40:
-        grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
-        if len(grams) < 0.5 * (len(words) - 3):
-            return " ".join(grams.most_common(1)[0][0])[:60]
-    # only what compresses like a loop is searched for one
-    if len(text) > 2.5 * len(zlib.compress(text[:4000].encode("utf-8", "replace"), 1)):
-        match = _RUN.search(text[:4000])
-        if match and len(match[0]) >= 48:
-            return match[1][:60]
     return None
 
 

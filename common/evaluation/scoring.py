@@ -7,8 +7,8 @@ import re
 import numpy as np
 from sacrebleu.metrics import CHRF
 
-from common.analysis import check_strict, parse_lenient, texts_of
-from common.language import foreign_text
+from common.analysis import check_strict, parse_lenient
+from common.language import foreign_text, is_latin
 from integration.lora_patch.repetition import repeated_tail
 
 # Every way to fail, worst first; an output is counted under the first that holds and lists them all.
@@ -38,7 +38,7 @@ def judge(text: str, finish: str, dimensions: list[str]) -> dict:
     """
     analysis, mends = parse_lenient(text)
     analysis = _encodable(analysis)
-    foreign = foreign_text(texts_of(analysis)) is not None if analysis else not is_latin(text)
+    foreign = foreign_text(analysis) is not None if analysis else not is_latin(text)
     problems = list(check_strict(text, dimensions)) if finish == "stop" else []
     found = set(_classify(text, finish, dimensions)) | ({"wrong_language"} if foreign else set())
     if problems and not found:
@@ -100,13 +100,6 @@ def _text_after_object(body: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return bool(body[end:].strip())
-
-
-def is_latin(text: str) -> bool:
-    """Tell whether a text that no analysis can be read from is at least in Latin letters, nine tenths of them."""
-    letters = [letter for letter in text if letter.isalpha()]
-    foreign = sum(letter > "ɏ" for letter in letters)  # past Latin Extended-B
-    return foreign <= 0.1 * len(letters)
 
 
 def is_number(value: object) -> bool:

@@ -1,10 +1,15 @@
-"""Whether an output has run into a repetition loop, told from its last tokens or words."""
+"""Whether an output has run into a repetition loop: told from its last tokens, or from the text itself."""
+
+import re
+import zlib
+from collections import Counter
 
 import numpy as np
 
 LOOP_LENGTH = 96  # a tail at least this long that only repeats itself is a loop ...
 LOOP_REPEATS = 4  # ... of at least this many turns
 LOOP_PERIOD = 192
+_RUN = re.compile(r"(?s)(\S.{0,40}?)(?:\s*\1){7,}")
 
 
 def repeated_tail(items: list, longest: int = LOOP_PERIOD) -> int | None:
@@ -22,4 +27,21 @@ def repeated_tail(items: list, longest: int = LOOP_PERIOD) -> int | None:
             break
         if (tail[-length + period :] == tail[-length:-period]).all():
             return period
+    return None
+
+
+def repeated_phrase(text: str) -> str | None:
+    """Return a piece of what a text repeats until it says nothing else; None for an ordinary text."""
+    if len(text) < 60:
+        return None
+    words = text.split()
+    if len(words) >= 40:
+        grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
+        if len(grams) < 0.5 * (len(words) - 3):
+            return " ".join(grams.most_common(1)[0][0])[:60]
+    # only what compresses like a loop is searched for one
+    if len(text) > 2.5 * len(zlib.compress(text[:4000].encode("utf-8", "replace"), 1)):
+        match = _RUN.search(text[:4000])
+        if match and len(match[0]) >= 48:
+            return match[1][:60]
     return None

@@ -11,11 +11,12 @@ import link_training_data
 import prepare_training_data
 from common.analysis import DIMENSIONS7, DIMENSIONS8, check_strict, compact_json
 from common.data.near_duplicates import group_photos, thumb_of
-from common.data.quality import GATES, repetition
+from common.data.quality import GATES
 from common.dataset import load_examples
 from common.files import sha256_file
 from integration.lora_patch.photo import load_photo
 from integration.lora_patch.prompts import DEFAULT_SYSTEM_PROMPT
+from integration.lora_patch.repetition import repeated_phrase
 from tests.data.test_html_analysis import card, page
 from tests.mondrian_case import HTML_PROMPT, SYSTEM_PROMPT, Tree, analysis, picture
 
@@ -211,8 +212,8 @@ def test_no_mend(tree: Tree):
 
 
 def test_repetition_lets_ordinary_prose_pass():
-    assert repetition(GERMAN) is None and repetition(" ".join(str(i) for i in range(200))) is None
-    assert repetition("no " * 50) and repetition("ab" * 100)
+    assert repeated_phrase(GERMAN) is None and repeated_phrase(" ".join(str(i) for i in range(200))) is None
+    assert repeated_phrase("no " * 50) and repeated_phrase("ab" * 100)
 
 
 # ------------------------------------------------------------------------------------------------ prompt and response
