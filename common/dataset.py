@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import refuse
-from common.files import read_rows
+from common.files import is_file, read_rows
+from common.schemas import EXAMPLE, TRIPLET, fault
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def load_examples(path: str | os.PathLike) -> list[Example]:
 
 
 def _example(path: Path, line: int, row: dict) -> Example:
+    if problem := fault(row, EXAMPLE if "messages" in row else TRIPLET):
+        raise ValueError(problem)
     prompt, response, images = _from_messages(row) if "messages" in row else _from_triplet(row)
     paths = tuple(_find_photo(path, image) for image in images)
     hashes = row.get("image_sha256") or []
@@ -77,9 +80,6 @@ def _example(path: Path, line: int, row: dict) -> Example:
 
 
 def _from_triplet(row: dict) -> tuple[str, str, list[str]]:
-    for name in ("image_path", "prompt", "response"):
-        if not row.get(name) or (name != "image_path" and not isinstance(row[name], str)):
-            raise ValueError(f"{name!r} is missing or empty")
     image = row["image_path"]
     return row["prompt"], row["response"], image if isinstance(image, list) else [image]
 
@@ -113,6 +113,6 @@ def _find_photo(dataset: Path, image: object) -> Path:
         raise ValueError("'image_path' is not a path")
     candidates = [folder / image for folder in (Path(), dataset.parent, dataset.resolve().parent.parent)]
     for candidate in candidates:
-        if candidate.is_file():
+        if is_file(candidate):
             return candidate
-    raise ValueError(f"photograph {image} is not there")
+    raise ValueError(f"photograph {image[:200]} is not there")

@@ -7,7 +7,7 @@ from common.dataset import load_examples, messages_row, triplet_row
 from common.errors import UserError
 from common.files import write_jsonl
 
-ROW = {"prompt": "Judge.", "response": '{"overall_score":7}', "job_id": "job-1", "image_sha256": "ab12"}
+ROW = {"prompt": "Judge.", "response": '{"overall_score":7}', "job_id": "job-1", "image_sha256": "ab" * 32}
 
 
 @pytest.fixture
@@ -22,7 +22,12 @@ def test_both_forms_give_the_same_example(tmp_path, photo):
     write_jsonl(path, [triplet_row(photo, **ROW), messages_row(photo, **ROW)])
     first, second = load_examples(path)
     assert first.image_paths[0].samefile(tmp_path / photo)
-    assert (first.prompt, first.response, first.sha256, first.job_id) == ("Judge.", ROW["response"], ("ab12",), "job-1")
+    assert (first.prompt, first.response, first.sha256, first.job_id) == (
+        "Judge.",
+        ROW["response"],
+        ("ab" * 32,),
+        "job-1",
+    )
     assert first.source == f"{path}:1"
     assert second.__dict__ | {"source": ""} == first.__dict__ | {"source": ""}
 
@@ -44,8 +49,27 @@ def test_all_damage_is_named_at_once(tmp_path, photo):
     lines = error.value.message.splitlines()
     assert len(lines) == 3
     assert f"{path}:1: photograph gone.jpg is not there" in lines[0]
-    assert f"{path}:2: 'response' is missing or empty" in lines[1]
+    assert f'{path}:2: response is ""; a text that is not empty was expected' in lines[1]
     assert f"{path}:4: 'messages' must be" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"image_sha256": 5}, "image_sha256 is 5; 64 hex digits, or several such was expected"),
+        ({"image_path": "x" * 5000}, 'image_path is "xxx'),
+        ({"image_path": ["a\0.png"]}, "image_path is a list; a path or several was expected"),
+        ({"prompt": ["Judge."]}, "prompt is a list; a text that is not empty was expected"),
+        ({"image_path": "x" * 300}, "photograph xxx"),
+        ({"masked_spans": [[3, 1]]}, "masked_spans is a list; a list of [start, end], sorted was expected"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named(tmp_path, photo, change, says):
+    path = tmp_path / "data.jsonl"
+    write_jsonl(path, [{**ROW, "image_path": photo}, {**ROW, "image_path": photo} | change])
+    with pytest.raises(UserError) as error:
+        load_examples(path)
+    assert error.value.message.startswith(f"{path}:2: {says}")
 
 
 def test_an_empty_file_is_refused(tmp_path):

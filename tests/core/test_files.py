@@ -1,11 +1,15 @@
 """Files are written whole or not at all, and damage is named by file and line."""
 
 import os
+import subprocess
+import sys
+import tracemalloc
 
 import pytest
 
 from common.errors import UserError
-from common.files import find_input, read_rows, sha256_file, write_atomic, write_json, write_jsonl
+from common.files import RowFile, find_input, read_json, read_rows, sha256_file, write_atomic, write_json, write_jsonl
+from common.schemas import Column
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -50,6 +54,82 @@ def test_every_damaged_row_is_named_at_once(tmp_path):
         read_rows(path)
     assert f"{path}:2: not valid JSON" in error.value.message
     assert f"{path}:3: a JSON object was expected" in error.value.message
+
+
+def line(text: str) -> str:
+    return '{"a": ' + text + "}"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (line("NaN"), "not valid JSON (NaN is no JSON number)"),
+        (line("9" * 5000), "not valid JSON (Exceeds the limit"),
+        (line("[" * 200 + "]" * 200), "not valid JSON (nested too deeply)"),
+        (line("[" * 100_000 + "]" * 100_000), "not valid JSON (nested too deeply)"),
+        (line('"\\ud800"'), "holds half a character"),
+        ("[1, 2]", "a JSON object was expected"),
+        (line('"' + "x" * 8_000_000 + '"'), "a line of more than 8,000,000 bytes"),
+    ],
+    ids=["nan", "digits", "nested", "nested without end", "surrogate", "array", "long"],
+)
+def test_a_row_that_cannot_be_is_one_line(tmp_path, row, says):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"a": 1}}\n{row}\n{{"b": 2}}\n')
+    with pytest.raises(UserError) as error:
+        read_rows(path)
+    assert error.value.message.startswith(f"{path}:2: {says}") and "\n" not in error.value.message
+    path.write_text(row)
+    if says.startswith(("not valid", "holds")):
+        with pytest.raises(UserError, match=r"rows\.jsonl"):
+            read_json(path)
+
+
+def test_a_row_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: not UTF-8 text \(byte 7\)"):
+        read_rows(path)
+
+
+def test_a_long_line_is_passed_over_in_little_memory(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with open(path, "wb") as file:
+        for _ in range(50):
+            file.write(b'{"a": "' if file.tell() == 0 else b"x" * 1_000_000)
+        file.write(b'"}\n{"b": 2}\n')
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"rows\.jsonl:1: a line of more than"):
+            read_rows(path)
+        assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_rows_are_read_again_by_their_place(tmp_path):
+    for name, text in (("rows.jsonl", '{"a": 1}\n\n{"a": 2}\n{"a": 3}\n'), ("rows.json", '[{"a":1},{"a":2},{"a":3}]')):
+        (tmp_path / name).write_text(text)
+        file = RowFile(tmp_path / name, {"a": Column("count", "any")})
+        places = [place for _, place, _ in file.rows()]
+        assert list(file.read(places[::-1])) == [{"a": 3}, {"a": 2}, {"a": 1}]
+        with pytest.raises(UserError, match="a is 1; a text was expected"):
+            list(RowFile(tmp_path / name, {"a": Column("text", "any")}).rows())
+
+
+def test_what_a_killed_run_left_is_swept_and_what_a_living_one_writes_stays(tmp_path):
+    path = tmp_path / "report.json"
+    (tmp_path / ".report.json.abc123.tmp").write_text("left")
+    (tmp_path / ".other.json.abc123.tmp").write_text("another file's")
+    with write_atomic(path) as file:
+        file.write("{}")
+        file.flush()
+        (living,) = tmp_path.glob(".report.json.*.tmp")
+        code = f"from common.files import write_json; write_json({str(path)!r}, 5)"
+        subprocess.run([sys.executable, "-c", code], check=True)
+        assert living.exists() and path.read_text() == "5\n"
+    assert path.read_text() == "{}"
+    assert sorted(os.listdir(tmp_path)) == [".other.json.abc123.tmp", "report.json"]
 
 
 def test_documented_names_are_found(tmp_path, monkeypatch, capsys):
