@@ -29,7 +29,7 @@ def attach(loaded, name: str | os.PathLike | None = None):
             service.adapters.adopt(loaded[0], name)
         except LoraError as error:
             if threading.current_thread() is threading.main_thread():
-                sys.exit(f"lora_patch: {error}")
+                _refuse_to_start(error)
             raise
     return loaded
 
@@ -50,6 +50,18 @@ def generation(function):
         return service.generate(function, args, kwargs, _current_job())
 
     return answer
+
+
+def _refuse_to_start(error: LoraError):
+    """End the process with one line and exit code 1."""
+    if not [thread for thread in threading.enumerate() if thread.daemon]:
+        sys.exit(f"lora_patch: {error}")
+    # A thread of the service's may be loading the model. The interpreter's end would stop it in the middle of MLX's
+    # code, which C++ answers with an abort (exit code 134): there is nothing to clean up, so leave at once.
+    print(f"lora_patch: {error}", file=sys.stderr, flush=True)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def _stream(function, args: tuple, kwargs: dict):
@@ -113,7 +125,7 @@ def start(app, get_model=None, db_path=None):
         adapters.begin()  # raises what a thread of the service's may have met, and swallowed
     except LoraError as error:
         if adapters.mode == "fine_tuned":
-            sys.exit(f"lora_patch: {error}")
+            _refuse_to_start(error)
         adapters.fail(error)
     service.recorder.open(db_path)
     Routes(service).add_to(app)
