@@ -27,7 +27,8 @@ class Adapter:
     ranks: list[int]
     digest: str  # SHA-256 of the weights and weightings: the same adapter is not loaded twice
     trained_on: dict | None  # base fingerprint, when the folder says it
-    max_image_size: int
+    max_image_size: int  # pixels of a photograph's long side
+    config: dict  # adapter_config.json, of the first of several
     breaker: Breaker | None = None
 
     @property
@@ -35,11 +36,12 @@ class Adapter:
         return sum(a.nbytes + b.nbytes for a, b, _ in self.layers.values())
 
 
-def read_adapter(source: Source) -> Adapter:
+def read_adapter(source: Source, lora_scale: float | None = None) -> Adapter:
     """Read and check an adapter, or the weighted sum of several: sum_i w_i s_i (x A_i) B_i.
 
     A sum is exact, not an average of matrices: the A_i stand side by side, the w_i s_i B_i below one another, so the
-    combined rank is the sum of the ranks. Raises LoraError naming all that is wrong with the folders.
+    combined rank is the sum of the ranks. ``lora_scale`` is the scale of adapters whose files do not tell it.
+    Raises LoraError naming all that is wrong with the folders.
     """
     import mlx.core as mx
     import numpy as np
@@ -47,7 +49,7 @@ def read_adapter(source: Source) -> Adapter:
     parts, problems = [], []
     for folder, weight in source.parts:
         try:
-            parts.append((*_read_folder(folder, dict(source.sha256)), weight))
+            parts.append((*_read_folder(folder, dict(source.sha256), lora_scale), weight))
         except LoraError as error:
             problems.append(str(error))
     if problems:
@@ -80,23 +82,42 @@ def read_adapter(source: Source) -> Adapter:
         hashlib.sha256(json.dumps([[part[1], part[-1]] for part in parts]).encode()).hexdigest(),
         json.loads(trained_on.pop()) if trained_on else None,
         max(sizes),
+        parts[0][2]["config"],
     )
 
 
-def _read_folder(folder: Path, expected: dict) -> tuple[dict, str, dict]:
+def as_uniform(layers: dict) -> tuple[dict, int, float]:
+    """Return ({module.lora_a: [in, r], module.lora_b: [r, out]}, r, scale) of an adapter: one rank and scale for all.
+
+    Matrices of a smaller rank are filled up with zeros and B takes up what differs in scale, so the updates are the
+    same; where rank and scale are the same everywhere, nothing is changed.
+    """
+    import mlx.core as mx
+
+    rank, tensors = max(a.shape[1] for a, _, _ in layers.values()), {}
+    scale = max((scale for _, _, scale in layers.values()), key=abs)
+    for module, (a, b, own) in layers.items():
+        more = rank - a.shape[1]
+        tensors[f"{module}.lora_a"] = mx.pad(a, ((0, 0), (0, more))) if more else a
+        b = b if own == scale else (b.astype(mx.float32) * (own / scale)).astype(b.dtype)
+        tensors[f"{module}.lora_b"] = mx.pad(b, ((0, more), (0, 0))) if more else b
+    return tensors, rank, scale
+
+
+def _read_folder(folder: Path, expected: dict, lora_scale: float | None) -> tuple[dict, str, dict]:
     """Return ({module: (a, b, scale, dtype)} as float32 numpy, SHA-256 of weights and config, training notes)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise LoraError(f"{folder}: no such adapter folder")
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
+    present = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not present:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
             raise LoraError(f"{folder}: holds {pickles[0]} but no safetensors; pickle is never read: convert it")
         raise LoraError(f"{folder}: no {WEIGHTS[0]} or {WEIGHTS[1]}; name the folder that training wrote")
     config_file = folder / "adapter_config.json"
     if not config_file.is_file():
-        raise LoraError(f"{folder}: no adapter_config.json beside {file.name}; without it the scale is unknown")
+        raise LoraError(f"{folder}: no adapter_config.json beside {present[0].name}; without it the scale is unknown")
     config = read_json(config_file)
     _check_plain(config, config_file)
     for name in expected:
@@ -105,14 +126,38 @@ def _read_folder(folder: Path, expected: dict) -> tuple[dict, str, dict]:
                 raise LoraError(f"{folder / name}: not the file that was deployed (SHA-256 differs)")
         elif expected[name] is not None:
             raise LoraError(f"{folder}: {name}, which was deployed, is missing")
-    tensors, digest = _read_tensors(file)
-    updates = _pair(file, tensors, config)
+    if lora_scale is not None and _scale_is_unknown(config):
+        config = config | {"lora_parameters": {"rank": config["rank"], "scale": lora_scale}}
+    tensors, digest = _read_tensors(present[0])
+    updates = _pair(present[0], tensors, config)
+    for other in present[1:]:
+        if not _same(updates, _pair(other, _read_tensors(other)[0], config)):
+            raise LoraError(f"{folder}: {present[0].name} and {other.name} hold different adapters; copy it again")
     both = [_config_scale(config, kind, config_file) for kind in ("mlx", "peft")]
     uniform = not (config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"))
     if uniform and None not in both and not math.isclose(*both, rel_tol=1e-6):
         raise LoraError(f"{config_file}: lora_parameters.scale is {both[0]:g} but lora_alpha / r is {both[1]:g}")
     digest = hashlib.sha256(f"{digest} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
-    return updates, digest, _training_notes(folder)
+    return updates, digest, _training_notes(folder) | {"config": config}
+
+
+def _same(one: dict, other: dict) -> bool:
+    import numpy as np
+
+    return one.keys() == other.keys() and all(
+        all(np.array_equal(*pair) for pair in zip(one[module][:2], other[module][:2], strict=True)) for module in one
+    )
+
+
+def _scale_is_unknown(config: dict) -> bool:
+    """Tell whether only mlx-vlm's older form {"rank", "alpha"} gives the scale, and its numbers do not tell which.
+
+    Before mlx-vlm #846 (April 2026) the update was multiplied by alpha, since then by alpha / rank. An alpha below 1
+    is of before: 0.1 was the default, and divided by the rank it would hardly change the model.
+    """
+    named = isinstance(config.get("lora_parameters"), dict) or "lora_alpha" in config
+    numbers = [value for value in (config.get("alpha"), config.get("rank")) if type(value) in (int, float)]
+    return not named and len(numbers) == 2 and abs(numbers[0]) >= 1 and numbers[1] > 1
 
 
 def _check_plain(config: dict, path: Path) -> None:
@@ -239,7 +284,13 @@ def _config_scale(config: dict, kind: str, path: Path) -> float | None:
         if isinstance(own, dict):
             return _number(own.get("scale"), "lora_parameters.scale", path)
         if "rank" in config and "alpha" in config:  # mlx-vlm's older form
-            return _number(config["alpha"], "alpha", path) / _rank(config["rank"], "rank", path)
+            alpha, rank = _number(config["alpha"], "alpha", path), _rank(config["rank"], "rank", path)
+            if _scale_is_unknown(config):
+                raise LoraError(
+                    f"{path}: rank {rank} and alpha {alpha:g} do not tell the scale: mlx-vlm before April 2026 meant "
+                    f"{alpha:g}, later {alpha / rank:g}; say which with --lora_scale {alpha:g} or {alpha / rank:g}"
+                )
+            return alpha
         return None
     if "r" not in config or "lora_alpha" not in config:
         return None

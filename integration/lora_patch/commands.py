@@ -9,19 +9,19 @@ from .files import write_file
 from .source_file import BY_HAND, Refusal
 
 
-def check_adapters(lora_path: str | None, model_config: str | None, base_model: str | None) -> None:
+def check_adapters(given: argparse.Namespace) -> None:
     """Print what the service would serve; LoraError for what it would refuse."""
     from .adapters import read_adapter  # MLX: slow to import
     from .base import check_base, read_base
     from .sources import EVERYONE, find_sources
 
-    sources, _ = find_sources(lora_path, model_config)
-    base = read_base(base_model) if base_model else None
-    if base_model and base is None:
-        raise LoraError(f"{base_model}: neither a model folder nor a model in the hub's cache")
+    sources, _ = find_sources(given.lora_path, given.model_config)
+    base = read_base(given.base_model) if given.base_model else None
+    if given.base_model and base is None:
+        raise LoraError(f"{given.base_model}: neither a model folder nor a model in the hub's cache")
     for advisor, source in sources.items():
-        adapter = read_adapter(source)
-        warnings_ = check_base(adapter, base) if base_model else []
+        adapter = read_adapter(source, given.lora_scale)
+        warnings_ = check_base(adapter, base) if given.base_model else []
         who = "every advisor" if advisor == EVERYONE else advisor
         ranks = ", ".join(map(str, adapter.ranks))
         print(f"{who}: {adapter.path}, {adapter.version}, rank {ranks}, {len(adapter.layers)} modules, "
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = commands.add_parser("check", help="check adapters before the service is started with them")
     command.add_argument("--lora_path")
     command.add_argument("--model_config")
+    command.add_argument("--lora_scale", type=float, help="scale of an older mlx-vlm adapter that does not tell it")
     command.add_argument("--base_model", help="model folder, or hub id in the local cache, to check against")
     command = commands.add_parser("report", help="compare the arms from the jobs table")
     command.add_argument("--db", type=Path, default=Path("mondrian.db"), help="database with the jobs table")
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 
             install(given.service, given.check, given.uninstall)
         elif given.command == "check":
-            check_adapters(given.lora_path, given.model_config, given.base_model)
+            check_adapters(given)
         else:
             from .report import show_report
 

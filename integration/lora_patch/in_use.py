@@ -60,7 +60,7 @@ class AdaptersInUse:
         loaded, table, problems = {adapter.digest: adapter for adapter in self.table.values()}, {}, []
         for advisor, source in sources.items():
             try:
-                adapter = read_adapter(source)
+                adapter = read_adapter(source, flags.lora_scale)
                 known = loaded.get(adapter.digest)
                 if known and (known.version, known.path) == (adapter.version, adapter.path):
                     adapter = known

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from PIL import Image, ImageOps
 
 from integration.lora_patch import hooks, photo
-from integration.lora_patch.adapters import read_adapter
+from integration.lora_patch.adapters import as_uniform, read_adapter
 from integration.lora_patch.answering import Answering
 from integration.lora_patch.arms import Breaker, job_of_request
 from integration.lora_patch.base import check_base, read_base
@@ -202,7 +202,7 @@ def test_rank_stabilised_and_per_module_scales(tmp_path, tiny_base):
     "config",
     [
         {"lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}},
-        {"rank": 4, "alpha": 8, "dropout": 0.0},  # mlx-vlm's older form
+        {"rank": 4, "alpha": 8, "dropout": 0.0},  # mlx-vlm's older form, its scale named by --lora_scale
     ],
 )
 def test_an_adapter_of_mlx_vlm(config, base, tmp_path, tiny_base, adapter):
@@ -212,7 +212,47 @@ def test_an_adapter_of_mlx_vlm(config, base, tmp_path, tiny_base, adapter):
     other = save(tmp_path / "mlx", tensors, config, "adapters.safetensors")
     model, _ = base
     expected = with_adapter(model, read_adapter(source(adapter)))
-    assert np.array_equal(with_adapter(model, read_adapter(source(other))), expected)
+    assert np.array_equal(with_adapter(model, read_adapter(source(other), 2.0)), expected)
+
+
+def test_the_scale_of_an_older_mlx_vlm_adapter_is_told_by_its_numbers_or_asked_for(tmp_path, tiny_base):
+    """Before April 2026 mlx-vlm multiplied by alpha, later by alpha / rank; both wrote {"rank", "alpha"}."""
+    tensors = {
+        name.replace("lora_a", "A").replace("lora_b", "B"): value for name, value in random_lora(tiny_base, 1).items()
+    }
+    old = save(tmp_path / "old", tensors, {"rank": 4, "alpha": 0.1, "dropout": 0.0}, "adapters.safetensors")
+    assert read_adapter(source(old)).layers[ONE][2] == 0.1
+    either = save(tmp_path / "either", tensors, {"rank": 4, "alpha": 16}, "adapters.safetensors")
+    with pytest.raises(LoraError, match="before April 2026 meant 16, later 4; say which with --lora_scale 16 or 4"):
+        read_adapter(source(either))
+    assert read_adapter(source(either), 16.0).layers[ONE][2] == 16.0
+    assert read_adapter(source(old), 5.0).layers[ONE][2] == 0.1  # what a file tells holds
+
+
+def test_ranks_and_scales_that_differ_are_brought_to_one(tmp_path, tiny_base, adapter):
+    patterns = {"rank_pattern": {"q_proj": 2}, "r": 4, "lora_alpha": 8, "alpha_pattern": {"q_proj": 16, "k_proj": 3}}
+    tensors = {}
+    for name, value in random_lora(tiny_base, 1).items():
+        module, side = name.rsplit(".lora_", 1)
+        value = value if "q_proj" not in module else value[:, :2] if side == "a" else value[:2]
+        peft = module.replace("language_model.model.layers", "base_model.model.model.language_model.layers")
+        tensors[f"{peft}.lora_{side.upper()}.weight"] = mx.contiguous(value.T)
+    layers = read_adapter(source(save(tmp_path / "p", tensors, patterns, "adapter_model.safetensors"))).layers
+    uniform, rank, scale = as_uniform(layers)
+    assert (rank, scale) == (4, 8.0) and len({layer[2] for layer in layers.values()}) == 3
+    for module, (a, b, own) in layers.items():
+        update = scale * (uniform[f"{module}.lora_a"] @ uniform[f"{module}.lora_b"])
+        assert uniform[f"{module}.lora_a"].shape[1] == 4 and mx.allclose(update, own * (a @ b), rtol=1e-5, atol=1e-5)
+    plain = read_adapter(source(adapter)).layers
+    tensors, rank, scale = as_uniform(plain)
+    assert (rank, scale) == (4, 2.0) and tensors[f"{ONE}.lora_b"] is plain[ONE][1]  # nothing to be brought to one
+
+
+def test_two_weight_files_that_differ_are_refused(adapter, tmp_path, tiny_base):
+    other = make_adapter(tmp_path / "other", tiny_base, 2)
+    (adapter / "adapter_model.safetensors").write_bytes((other / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(LoraError, match="hold different adapters"):
+        read_adapter(source(adapter))
 
 
 def test_half_precision_is_kept(tmp_path, tiny_base):
