@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from integration.lora_patch.errors import LoraError
-from integration.lora_patch.json_text import balanced_end, is_number, without_trailing_commas
-from integration.lora_patch.specification import (
+from .errors import LoraError
+from .json_text import balanced_end, is_number, without_trailing_commas
+from .specification import (
     DIMENSION_KEYS,
     DIMENSION_SPELLINGS,
     DIMENSIONS7,

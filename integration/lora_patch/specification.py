@@ -16,7 +16,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from integration.lora_patch.json_text import is_number, is_too_deep
+from .json_text import is_number, is_too_deep
 
 KEYS = (
     "image_description",

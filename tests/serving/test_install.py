@@ -1,5 +1,6 @@
 """`install`: on the stand-in, on other services of the family, on files of other habits; refusals."""
 
+import ast
 import contextlib
 import io
 import os
@@ -151,10 +152,15 @@ def test_only_the_standard_library_is_needed(tmp_path):
 
 
 def test_the_package_uses_nothing_of_this_repository():
-    text = "\n".join(path.read_text() for path in PATCH.glob("*.py"))
-    imports = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M))
+    imports = set()
+    for path in PATCH.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imports |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imports.add(node.module.split(".")[0])
     brought_by_mlx_vlm = {"PIL", "huggingface_hub", "llguidance", "mlx", "mlx_vlm", "numpy"}
-    assert imports - set(sys.stdlib_module_names) <= brought_by_mlx_vlm | {"lora_patch"}
+    assert imports - set(sys.stdlib_module_names) <= brought_by_mlx_vlm
 
 
 def test_a_link_to_the_service_is_followed(tmp_path):
