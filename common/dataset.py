@@ -1,12 +1,16 @@
 """The training rows that `prepare_training_data.py` writes and that training and evaluation read."""
 
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import refuse
-from common.files import is_file, read_rows
+from common.errors import UserError, refuse
+from common.files import is_file, read_json, read_rows, sha256_file
 from common.schemas import EXAMPLE, TRIPLET, fault
+
+Spans = Sequence[tuple[int, int]]  # [start, end) in characters of a response
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,12 @@ class Example:
     sha256: tuple[str, ...]  # of each photograph's bytes; empty where the row does not tell
     job_id: str
     source: str  # "file:line", for messages
+    masked_spans: tuple[tuple[int, int], ...] = ()  # of the response: in the input, out of the loss
 
 
-def triplet_row(image_path: str, prompt: str, response: str, job_id: str, image_sha256: str) -> dict:
+def triplet_row(
+    image_path: str, prompt: str, response: str, job_id: str, image_sha256: str, masked_spans: Spans = ()
+) -> dict:
     """Return a dataset row in the documented form."""
     return {
         "image_path": image_path,
@@ -29,10 +36,13 @@ def triplet_row(image_path: str, prompt: str, response: str, job_id: str, image_
         "response": response,
         "job_id": job_id,
         "image_sha256": image_sha256,
+        "masked_spans": [list(span) for span in masked_spans],
     }
 
 
-def messages_row(image_path: str, prompt: str, response: str, job_id: str, image_sha256: str) -> dict:
+def messages_row(
+    image_path: str, prompt: str, response: str, job_id: str, image_sha256: str, masked_spans: Spans = ()
+) -> dict:
     """Return the same row as chat messages: what mlx-vlm's own trainer, TRL and LLaMA-Factory read.
 
     The content is typed parts (TRL's vision form), the image first, as the service sends it.
@@ -45,7 +55,30 @@ def messages_row(image_path: str, prompt: str, response: str, job_id: str, image
         "images": [image_path],
         "job_id": job_id,
         "image_sha256": image_sha256,
+        "masked_spans": [list(span) for span in masked_spans],
     }
+
+
+def read_meta(*paths: str | os.PathLike) -> dict | None:
+    """Return what ..._meta.json says of the set that the files ``..._train.jsonl`` and ``..._val.jsonl`` belong to.
+
+    Where they belong to several sets, the first one's; None where no meta.json lies beside them, as with data made by
+    hand. UserError where a file is not the one that was written with it: a set is taken whole or not at all.
+    """
+    return [_meta_of(Path(path)) for path in paths][0]
+
+
+def _meta_of(path: Path) -> dict | None:
+    place = path.with_name(re.sub(r"(_train|_val)?\.\w+$", "_meta.json", path.name))
+    if not place.is_file():
+        return None
+    meta = read_json(place)
+    hashes = meta.get("sha256", {}) if isinstance(meta, dict) else None
+    if not isinstance(hashes, dict):
+        raise UserError(f"{place}: not what prepare_training_data.py writes; prepare the data again, or delete it")
+    if hashes.get(path.name, sha256_file(path)) != sha256_file(path):
+        raise UserError(f"{path}: not the file that {place.name} was written with; prepare the data again")
+    return meta
 
 
 def load_examples(path: str | os.PathLike) -> list[Example]:
@@ -69,6 +102,9 @@ def _example(path: Path, line: int, row: dict) -> Example:
     prompt, response, images = _from_messages(row) if "messages" in row else _from_triplet(row)
     paths = tuple(_find_photo(path, image) for image in images)
     hashes = row.get("image_sha256") or []
+    masked_spans = tuple((start, end) for start, end in row.get("masked_spans") or [])
+    if any(end > len(response) for _, end in masked_spans):
+        raise ValueError("'masked_spans' reach past the end of the response")
     return Example(
         prompt=prompt,
         response=response,
@@ -76,6 +112,7 @@ def _example(path: Path, line: int, row: dict) -> Example:
         sha256=tuple([hashes] if isinstance(hashes, str) else hashes),
         job_id=str(row.get("job_id") or f"line-{line}"),
         source=f"{path}:{line}",
+        masked_spans=masked_spans,
     )
 
 

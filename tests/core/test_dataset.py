@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
-from common.dataset import load_examples, messages_row, triplet_row
+from common.dataset import load_examples, messages_row, read_meta, triplet_row
 from common.errors import UserError
-from common.files import write_jsonl
+from common.files import sha256_file, write_json, write_jsonl
 
 ROW = {"prompt": "Judge.", "response": '{"overall_score":7}', "job_id": "job-1", "image_sha256": "ab" * 32}
 
@@ -76,3 +76,25 @@ def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "data.jsonl").write_text("")
     with pytest.raises(UserError, match="no examples in it"):
         load_examples(tmp_path / "data.jsonl")
+
+
+def test_masked_spans_travel_in_both_forms(tmp_path, photo):
+    path = tmp_path / "data.jsonl"
+    write_jsonl(path, [make(photo, **ROW, masked_spans=[(17, 18)]) for make in (triplet_row, messages_row)])
+    assert [example.masked_spans for example in load_examples(path)] == [((17, 18),)] * 2
+    for wrong in ([[17, 30]], [[2, 1]], [[1]], [1, 2], "all", [[True, 2]], [[3, 4], [1, 2]]):
+        write_jsonl(path, [{**triplet_row(photo, **ROW), "masked_spans": wrong}])
+        with pytest.raises(UserError, match="data.jsonl:1: .*masked_spans"):
+            load_examples(path)
+
+
+def test_a_set_is_taken_whole_or_not_at_all(tmp_path):
+    train, val, meta = (tmp_path / f"training_data_ansel_{name}" for name in ("train.jsonl", "val.jsonl", "meta.json"))
+    train.write_text("{}")
+    val.write_text("[]")
+    assert read_meta(train, val) is None
+    write_json(meta, {"advisor": "ansel", "sha256": {path.name: sha256_file(path) for path in (train, val)}})
+    assert read_meta(train, val)["advisor"] == "ansel"
+    val.write_text("[1]")
+    with pytest.raises(UserError, match="val.jsonl: not the file that training_data_ansel_meta.json was written with"):
+        read_meta(train, val)
