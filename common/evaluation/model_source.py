@@ -9,10 +9,11 @@ import mlx.core as mx
 
 from common.evaluation.generations import Item
 from common.model.step import collate, loss_only
-from common.training.adapter_files import read_adapter
 from integration.lora_patch import vlm
+from integration.lora_patch.adapters import as_uniform, read_adapter
 from integration.lora_patch.generation import Decoding, Grammar, Request, answer_schema, answer_text, prompt_row
 from integration.lora_patch.photo import load_photo
+from integration.lora_patch.sources import adapter_in
 
 GRAMMAR = "+grammar"  # an arm of this ending decodes under the JSON grammar
 WARM_UP = 8  # tokens generated before anything is timed: kernels are compiled in the first
@@ -47,8 +48,8 @@ class ModelSource:
 
     def _load(self, arm: str, folder: Path) -> vlm.Adapter:
         start = time.perf_counter()
-        tensors, config = read_adapter(folder)
-        adapter = vlm.build_adapter(self.base, tensors, config["r"], config["lora_alpha"])
+        tensors, rank, scale = as_uniform(read_adapter(adapter_in(folder)).layers)
+        adapter = vlm.build_adapter(self.base, _evened(self.base, tensors, rank), rank, scale * rank)
         self.load_seconds[arm] = time.perf_counter() - start
         return adapter
 
@@ -167,3 +168,18 @@ class ModelSource:
         if names not in self._grammars:
             self._grammars[names] = Grammar(self.base, answer_schema(names))
         return self._grammars[names]
+
+
+def _evened(base: vlm.Base, tensors: dict[str, mx.array], rank: int) -> dict[str, mx.array]:
+    """Return an adapter's tensors with updates of zero where some layers lack a projection that others have.
+
+    The compiled layers take every layer alike; a product with zeros changes no number.
+    """
+    projections = {name.split(".layers.")[-1].split(".", 1)[-1] for name in tensors}
+    projections = {name.rpartition(".")[0] for name in projections}
+    evened = dict(tensors)
+    for module, linear in vlm.plain_modules(base.model).items():
+        if module.split(".layers.")[-1].split(".", 1)[-1] in projections and f"{module}.lora_a" not in tensors:
+            inputs, outputs = vlm.linear_size(linear)
+            evened |= {f"{module}.lora_a": mx.zeros((inputs, rank)), f"{module}.lora_b": mx.zeros((rank, outputs))}
+    return evened

@@ -15,7 +15,9 @@ import click
 from common.cli import ScriptCommand
 from common.errors import UserError
 from common.release.fuse import fuse_adapter
-from common.training.adapter_files import read_adapter, write_adapter
+from common.training.adapter_files import adapter_config, write_adapter
+from integration.lora_patch.adapters import as_uniform, read_adapter
+from integration.lora_patch.sources import adapter_in
 from integration.lora_patch.versions import MLX_WEIGHTS, PEFT_WEIGHTS
 
 
@@ -28,24 +30,34 @@ def main() -> None:
 @click.argument("lora_path", type=click.Path(path_type=Path))
 def check(lora_path: Path) -> None:
     """Say what is in an adapter folder; exit 1 when it is not whole."""
-    tensors, config = read_adapter(lora_path)
-    modules = config["lora_parameters"]["keys"]
-    missing = [name for name in (PEFT_WEIGHTS, MLX_WEIGHTS) if not (lora_path / name).is_file()]
+    adapter = read_adapter(adapter_in(lora_path))
+    both = [name for name in (PEFT_WEIGHTS, MLX_WEIGHTS) if (lora_path / name).is_file()]
+    ranks, scales = ({*values} for values in (adapter.ranks, (scale for _, _, scale in adapter.layers.values())))
     click.echo(
-        f"{lora_path}: rank {config['r']}, scale {config['lora_parameters']['scale']:g}, {len(modules)} modules, "
-        f"{sum(tensor.size for tensor in tensors.values()):,} parameters, "
-        + (f"without {missing[0]} (see convert)" if missing else "for PEFT and mlx-vlm alike")
+        f"{lora_path}: rank {_listed(ranks)}, scale {_listed(scales)}, {len(adapter.layers)} modules, "
+        f"{sum(a.size + b.size for a, b, _ in adapter.layers.values()):,} parameters, "
+        + ("for PEFT and mlx-vlm alike" if len(both) == 2 else "for one of PEFT and mlx-vlm alone (see convert)")
     )
+
+
+def _listed(values: set[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(values))
 
 
 @main.command(cls=ScriptCommand)
 @click.option("--lora_path", type=click.Path(path_type=Path), required=True, help="adapter of PEFT or of mlx-vlm")
 @click.option("--output_dir", type=click.Path(path_type=Path), required=True, help="folder for both; must be new")
-def convert(lora_path: Path, output_dir: Path) -> None:
+@click.option("--lora_scale", type=float, help="scale of an adapter of an older mlx-vlm, whose files do not tell it")
+def convert(lora_path: Path, output_dir: Path, lora_scale: float | None) -> None:
     """Write an adapter made for PEFT or for mlx-vlm alone in the form that both read."""
-    tensors, config = read_adapter(lora_path)
+    adapter = read_adapter(adapter_in(lora_path), lora_scale)
+    tensors, rank, scale = as_uniform(adapter.layers)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir}: not empty; name a new folder")
+    own = adapter.config.get("lora_parameters") or {}
+    modules = sorted({name.rpartition(".")[0] for name in tensors})
+    dropout = adapter.config.get("lora_dropout", own.get("dropout", 0.0))
+    config = adapter_config(adapter.config.get("base_model_name_or_path") or "", modules, rank, scale * rank, dropout)
     write_adapter(output_dir, tensors, config)
     click.echo(f"{output_dir}: {len(tensors) // 2} modules, for PEFT and mlx-vlm alike")
 

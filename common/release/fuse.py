@@ -1,6 +1,5 @@
 """Merging an adapter into its base model: W + scale * B A, shard by shard, under the names the base itself uses."""
 
-import re
 import shutil
 import statistics
 import tempfile
@@ -11,9 +10,11 @@ import mlx.core as mx
 
 from common.errors import UserError, refuse
 from common.files import read_json, sync_folder, write_json
-from common.training.adapter_files import read_adapter
+from integration.lora_patch.adapters import read_adapter
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
 from integration.lora_patch.hub import model_folder
+from integration.lora_patch.names import mlx_module
+from integration.lora_patch.sources import adapter_in
 
 INDEX = "model.safetensors.index.json"
 QUANTIZED_PARTS = ("weight", "scales", "biases")
@@ -27,7 +28,7 @@ def fuse_adapter(base_model: str, lora_path: Path, output_dir: Path, dequantize:
     said; with ``dequantize`` every weight is written in 16 bits instead and nothing is lost.
     UserError for another base than the adapter's, or an adapter with modules that the base lacks.
     """
-    tensors, config = read_adapter(lora_path)
+    layers = read_adapter(adapter_in(lora_path)).layers
     base = model_folder(base_model)
     yield from _check_base(base, base_model, lora_path)
     if output_dir.exists() and any(output_dir.iterdir()):
@@ -38,7 +39,7 @@ def fuse_adapter(base_model: str, lora_path: Path, output_dir: Path, dequantize:
         shards[path.name] = list(arrays), metadata
         weights |= arrays
     base_config = read_json(base / "config.json")
-    merging = _Merging(weights, tensors, config["lora_parameters"]["scale"], base_config, dequantize)
+    merging = _Merging(weights, layers, base_config, dequantize)
     merging.check(lora_path)
 
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -96,23 +97,22 @@ def _copy_rest(base: Path, draft: Path) -> None:
 class _Merging:
     """Base weights by name, and the adapter that goes into them."""
 
-    def __init__(self, weights: dict, adapter: dict, scale: float, config: dict, dequantize: bool):
-        self.weights, self.adapter, self.scale = weights, adapter, scale
+    def __init__(self, weights: dict, layers: dict, config: dict, dequantize: bool):
+        self.weights, self.layers = weights, layers
         self.quantization = config.get("quantization") or config.get("quantization_config") or {}
         self.dequantize = dequantize
-        self.modules = {name.rsplit(".", 1)[0] for name in adapter}
         self.merged: set[str] = set()
         self.losses: list[float] = []
 
     def check(self, lora_path: Path) -> None:
         """Refuse, before anything is written, an adapter whose modules or shapes the base does not have."""
-        stems = {_mlx_stem(name.removesuffix(".weight")): name for name in self.weights if name.endswith(".weight")}
+        stems = {mlx_module(name.removesuffix(".weight")): name for name in self.weights if name.endswith(".weight")}
         problems = []
-        for module in sorted(self.modules):
+        for module, (a, b, _) in sorted(self.layers.items()):
             if module not in stems:
                 problems.append(f"{lora_path}: {module} is not in the base model")
                 continue
-            wanted = (self.adapter[module + ".lora_b"].shape[1], self.adapter[module + ".lora_a"].shape[0])
+            wanted = b.shape[1], a.shape[0]
             if (shape := self._shape(stems[module].removesuffix(".weight"))) != wanted:
                 problems.append(f"{lora_path}: {module} is made for a layer {wanted}, the base's is {shape}")
         refuse(problems)
@@ -126,7 +126,7 @@ class _Merging:
         """Return group_size, bits and mode of a quantized module, None for a plain one."""
         if stem + ".scales" not in self.weights:
             return None
-        own = self.quantization.get(stem, self.quantization.get(_mlx_stem(stem)))
+        own = self.quantization.get(stem, self.quantization.get(mlx_module(stem)))
         settings = own if isinstance(own, dict) else self.quantization
         return {"mode": "affine"} | {key: settings[key] for key in ("group_size", "bits", "mode") if key in settings}
 
@@ -136,7 +136,7 @@ class _Merging:
         for name in names:
             stem, _, part = name.rpartition(".")
             settings = self._settings(stem) if part in QUANTIZED_PARTS else None
-            changed = _mlx_stem(stem) in self.modules and part in QUANTIZED_PARTS
+            changed = mlx_module(stem) in self.layers and part in QUANTIZED_PARTS
             if settings is None:
                 result[name] = self._plain(name, stem) if changed else self.weights[name]
             elif self.dequantize:
@@ -154,10 +154,10 @@ class _Merging:
         return result
 
     def _delta(self, stem: str) -> mx.array:
-        module = _mlx_stem(stem)
+        module = mlx_module(stem)
         self.merged.add(module)
-        lora_a, lora_b = (self.adapter[f"{module}.lora_{side}"].astype(mx.float32) for side in "ab")
-        return self.scale * (lora_a @ lora_b).T
+        a, b, scale = self.layers[module]
+        return scale * (a.astype(mx.float32) @ b.astype(mx.float32)).T
 
     def _plain(self, name: str, stem: str) -> mx.array:
         weight = self.weights[name]
@@ -166,7 +166,7 @@ class _Merging:
     def _wide(self, stem: str, settings: dict) -> mx.array:
         parts = [self.weights.get(f"{stem}.{part}") for part in QUANTIZED_PARTS]
         weight = mx.dequantize(*parts, **settings).astype(mx.float32)
-        return weight + self._delta(stem) if _mlx_stem(stem) in self.modules else weight
+        return weight + self._delta(stem) if mlx_module(stem) in self.layers else weight
 
     def _requantized(self, stem: str, settings: dict) -> dict[str, mx.array]:
         merged = self._wide(stem, settings)
@@ -175,8 +175,3 @@ class _Merging:
         delta, rounded = self._delta(stem), mx.dequantize(*parts.values(), **settings).astype(mx.float32)
         self.losses.append((mx.linalg.norm(rounded - merged) / mx.maximum(mx.linalg.norm(delta), 1e-12)).item())
         return parts
-
-
-def _mlx_stem(stem: str) -> str:
-    """Return a module's MLX name from MLX's or transformers' spelling."""
-    return re.sub(r"^model\.language_model\.", "language_model.model.", stem)

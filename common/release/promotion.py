@@ -20,7 +20,8 @@ from common.errors import UserError, refuse
 from common.evaluation.comparison import read_report, recomputed
 from common.evaluation.gates import DEFAULT_GATES, Gate, bound_text, failed, from_dicts, load_gates
 from common.files import read_json, read_rows, sync_folder, write_json, write_text
-from common.training.adapter_files import read_adapter
+from integration.lora_patch.adapters import read_adapter
+from integration.lora_patch.sources import adapter_in
 from integration.lora_patch.versions import (
     ARGS,
     NO_VERSION,
@@ -97,7 +98,7 @@ def promote(models: Path, advisor: str, number: int, report_path: Path, rule: Ru
     if not (folder / ARGS).is_file():
         have = ", ".join(f"v{n}" for n in find_versions(models, advisor)) or "none"
         raise UserError(f"{folder}: there is no finished version v{number} of {advisor} (there are: {have})")
-    read_adapter(folder)
+    read_adapter(adapter_in(folder))
     current, report = read_record(place), read_report(report_path)
     if current and current["adapter"] and current["sha256"] == adapter_hashes(folder):
         return current, False

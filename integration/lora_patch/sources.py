@@ -33,6 +33,11 @@ class Source:
         return ",".join(f"{folder}:{weight:g}" for folder, weight in self.parts)
 
 
+def adapter_in(folder: Path) -> Source:
+    """Return the source of one adapter folder, whatever its name."""
+    return Source(((Path(folder), 1.0),), f"v{parse_name(Path(folder).name)[1]}")
+
+
 def find_sources(lora_path: str | None, model_config: str | None) -> tuple[dict[str, Source], str | None]:
     """Return ({advisor or "*": Source}, mode that an active model implies or None); reads names, no weights."""
     if lora_path:

@@ -8,9 +8,10 @@ import mlx.nn as nn
 import pytest
 
 from common.analysis import DIMENSIONS7, check_strict
-from common.training.adapter_files import read_adapter
 from integration.lora_patch import vlm
+from integration.lora_patch.adapters import as_uniform, read_adapter
 from integration.lora_patch.generation import Decoding, Grammar, Request, _Cache, answer_schema, prompt_row
+from integration.lora_patch.sources import adapter_in
 from tests.evaluation_case import make_adapter, make_data
 from tests.sample import scenes
 
@@ -29,8 +30,8 @@ def stirred(tiny_base, tmp_path_factory):
 def base(tiny_base, stirred):
     """The base with that adapter on."""
     base = vlm.load_base(tiny_base)
-    read, config = read_adapter(stirred)
-    vlm.use_adapter(base, vlm.build_adapter(base, read, config["r"], config["lora_alpha"]))
+    tensors, rank, scale = as_uniform(read_adapter(adapter_in(stirred)).layers)
+    vlm.use_adapter(base, vlm.build_adapter(base, tensors, rank, scale * rank))
     return base
 
 
@@ -93,8 +94,8 @@ def test_adapter_is_switched_over_one_base(base, photos, requests, one_by_one):
 def test_quantized_base_gives_mlx_vlms_tokens(tiny_base, stirred, photos):
     base = vlm.load_base(tiny_base)
     nn.quantize(base.model.language_model, 64, 4)
-    read, config = read_adapter(stirred)
-    vlm.use_adapter(base, vlm.build_adapter(base, read, config["r"], config["lora_alpha"]))
+    tensors, rank, scale = as_uniform(read_adapter(adapter_in(stirred)).layers)
+    vlm.use_adapter(base, vlm.build_adapter(base, tensors, rank, scale * rank))
     rows = [
         vlm.prepare_row(base, vlm.encode(base, prompt, [photo]))
         for prompt, photo in zip(PROMPTS[:3], photos, strict=False)
