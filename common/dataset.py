@@ -12,6 +12,8 @@ from common.schemas import EXAMPLE, TRIPLET, fault
 
 Spans = Sequence[tuple[int, int]]  # [start, end) in characters of a response
 
+IMAGE = "<image>"  # LLaMA-Factory's mark of a photograph in a text
+
 
 @dataclass(frozen=True)
 class Example:
@@ -121,27 +123,49 @@ def _from_triplet(row: dict) -> tuple[str, str, list[str]]:
     return row["prompt"], row["response"], image if isinstance(image, list) else [image]
 
 
-def _from_messages(row: dict) -> tuple[str, str, list[str]]:
-    messages, images = row["messages"], row.get("images") or row.get("image")
+def _from_messages(row: dict) -> tuple[str, str, list]:
+    messages = row["messages"]
     if not isinstance(messages, list) or [_field(m, "role") for m in messages] != ["user", "assistant"]:
         raise ValueError("'messages' must be one user and one assistant message")
+    images = row.get("images") or row.get("image") or row.get("image_path")
     if not images:
         raise ValueError("'images' is missing or empty")
-    prompt, response = (_text(_field(message, "content")) for message in messages)
-    if not prompt or not response:
+    images = images if isinstance(images, list) else [images]
+    (marks, prompt), (none, response) = (_marks_and_text(_field(message, "content")) for message in messages)
+    if not prompt.strip() or not response.strip():
         raise ValueError("a message has no text")
-    return prompt, response, images if isinstance(images, list) else [images]
+    if none or marks not in (0, len(images)):
+        raise ValueError(f"{marks + none} image marks for {len(images)} photographs, which all belong to the question")
+    return prompt, response, images
 
 
 def _field(message: object, name: str) -> object:
     return message.get(name) if isinstance(message, dict) else None
 
 
-def _text(content: object) -> str:
-    """Return a message's text: a string (LLaMA-Factory marks the photograph by <image>) or typed parts."""
-    if isinstance(content, list):
-        content = "".join(str(_field(part, "text") or "") for part in content if _field(part, "type") == "text")
-    return content.removeprefix("<image>").removeprefix("\n") if isinstance(content, str) else ""
+def _marks_and_text(content: object) -> tuple[int, str]:
+    """Return (image marks, text) of a message: a string (LLaMA-Factory marks photographs by <image>) or typed parts.
+
+    The service sends the photographs first and the text after them. ValueError for a mark after text.
+    """
+    if isinstance(content, str):
+        content = [
+            {"type": "image"} if piece == IMAGE else {"type": "text", "text": piece}
+            for piece in re.split(f"({IMAGE})\n?", content)
+            if piece
+        ]
+    marks, text = 0, ""
+    for part in content if isinstance(content, list) else ():
+        kind = _field(part, "type")
+        if kind in ("image", "image_url"):
+            if text:
+                raise ValueError("a photograph after text: the service sends photographs first, so put them first")
+            marks += 1
+        elif kind == "text" and isinstance(part.get("text"), str):
+            text += part["text"]
+        else:
+            raise ValueError(f"a part of a message that is neither text nor image: {str(part)[:60]}")
+    return marks, text
 
 
 def _find_photo(dataset: Path, image: object) -> Path:

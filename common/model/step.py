@@ -57,7 +57,7 @@ def collate(model: nn.Module, rows: list[Row], multiple: int = PAD_MULTIPLE) -> 
     Right padding needs no mask: attention is causal, so no real token ever sees a padded one.
     """
     parts = decoder(model)
-    length = _round_up(max(len(row) for row in rows), multiple)
+    length = round_up(max(len(row) for row in rows), multiple)
     ids = np.zeros((len(rows), length), dtype=np.int32)
     positions = np.zeros((3, len(rows), length), dtype=np.int32)
     slots = np.zeros((len(rows), length), dtype=np.int32)  # 0: text; n: the n-th image feature of the batch
@@ -80,7 +80,7 @@ def collate(model: nn.Module, rows: list[Row], multiple: int = PAD_MULTIPLE) -> 
         if pictured[0].deepstack is not None:
             levels = mx.concatenate([row.deepstack for row in pictured], axis=1).astype(hidden.dtype)
             deepstack = [_by_slot(level, slots).reshape(-1, hidden.shape[-1]) for level in levels]
-    extra = max(multiple, _round_up(len(targets), multiple)) - len(targets)
+    extra = max(multiple, round_up(len(targets), multiple)) - len(targets)
     names = np.arange(len(rows))[:, None] * 2**20 + np.arange(length)
     return Batch(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -95,7 +95,8 @@ def collate(model: nn.Module, rows: list[Row], multiple: int = PAD_MULTIPLE) -> 
     )
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
+    """Return ``n`` rounded up to a ``multiple``."""
     return -(-n // multiple) * multiple
 
 

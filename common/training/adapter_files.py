@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from common.errors import UserError, refuse
 from common.files import write_json
-from common.tensors import save_tensors
+from common.model.tensors import save_tensors
 from integration.lora_patch.versions import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 
 MLX_PREFIX, PEFT_PREFIX = "language_model.model.layers.", "base_model.model.model.language_model.layers."

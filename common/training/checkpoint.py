@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there: a folder a step, renamed into place after its last byte is on the disk.
 
-A checkpoint holds the adapter, the optimizer's moments, the best adapter so far, and `state.json` (position in the
-data, random state, settings, hashes of data and base). `manifest.json` names every file's size and SHA-256, so a
-folder that a power loss or a bad disk has damaged is passed over for the one before.
+A checkpoint holds the adapter, the optimizer's moments, the best adapter so far, the log up to its step, and
+`state.json` (position in the data, random state, settings, hashes of data and base). `manifest.json` names every
+file's size and SHA-256, so a folder that a power loss or a bad disk has damaged is passed over for the one before.
+A checkpoint alone suffices to resume: nothing else in the run's folder is read.
 """
 
 import os
@@ -14,10 +15,14 @@ import click
 import mlx.core as mx
 
 from common.errors import UserError
-from common.files import read_json, sha256_file, sync_folder, write_json
-from common.tensors import save_tensors
+from common.files import read_json, sha256_file, sync_folder, write_json, write_jsonl
+from common.model.tensors import save_tensors
 
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, LOG = "manifest.json", "state.json", "log.jsonl"
+STATE_KEYS = {
+    "schema_version", "position", "random_state", "settings", "layout", "processes", "train_data", "val_data",
+    "base_fingerprint", "versions",
+}  # fmt: skip
 
 
 class Checkpoints:
@@ -43,18 +48,20 @@ class Checkpoints:
             click.echo(f"{self.path(step)} is damaged ({problem}); trying the one before", err=True)
         return None
 
-    def save(self, step: int, tensors: dict[str, dict[str, mx.array]], state: dict) -> Path:
-        """Write a checkpoint of ``step``: one safetensors file for each of ``tensors``, and ``state``.
+    def save(self, step: int, tensors: dict[str, dict[str, mx.array]], state: dict, log: list[dict]) -> Path:
+        """Write a checkpoint of ``step``: one safetensors file for each of ``tensors``, ``state`` and ``log``.
 
         Older ones beyond ``keep`` go afterwards. When the disk refuses, what was begun is removed and a UserError
         names the newest whole checkpoint.
         """
         target, draft = self.path(step), self.folder / f".writing-{os.getpid()}-{step:06d}"
         try:
-            draft.mkdir(parents=True)
+            make_durable(self.folder)
+            draft.mkdir()
             for name, group in tensors.items():
                 save_tensors(draft / f"{name}.safetensors", group, {"format": "mlx"})
             write_json(draft / STATE, state)
+            write_jsonl(draft / LOG, log)
             write_manifest(draft)
             self._put_in_place(draft, target)
         except (OSError, UserError) as error:
@@ -63,14 +70,14 @@ class Checkpoints:
             kept = [self.path(old) for old in self.steps() if damage(self.path(old)) is None]
             raise UserError(
                 f"the checkpoint of step {step} could not be written: {reason}; "
-                + (f"{kept[0]} is whole: free space, then go on with --resume" if kept else "no earlier one exists")
+                + (f"{kept[0]} is whole: free space, then --resume" if kept else "no earlier one exists")
             ) from error
         self._prune()
         return target
 
     def _put_in_place(self, draft: Path, target: Path) -> None:
         sync_folder(draft)
-        if target.exists():  # a run that was resumed from further back comes by again
+        if target.exists():  # a run that was resumed from further back saves this step again
             aside = self.folder / f".removing-{os.getpid()}-{target.name}"
             target.rename(aside)
             draft.rename(target)
@@ -92,6 +99,14 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def make_durable(folder: Path) -> None:
+    """Make a folder whose name, and those of the folders above it, outlast a power cut."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
 def write_manifest(folder: Path) -> None:
     """Write size and SHA-256 of every file in ``folder``, which makes the folder whole."""
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
@@ -105,12 +120,19 @@ def damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None when every file is as its manifest says."""
     try:
         manifest = read_json(folder / MANIFEST)
+        entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
     except UserError as error:
         return error.message
-    for name, expected in manifest.items():
+    except (AttributeError, TypeError, KeyError):
+        return f"{MANIFEST} is no list of files with their sizes and hashes"
+    for name, size, sha256 in entries:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
+        if path.stat().st_size != size or sha256_file(path) != sha256:
             return f"{name} has changed since it was written"
-    return None if STATE in manifest else f"{STATE} is missing"
+    if STATE not in manifest:
+        return f"{STATE} is missing"
+    state = read_json(folder / STATE)
+    missing = STATE_KEYS - state.keys() if isinstance(state, dict) else STATE_KEYS
+    return f"{STATE} lacks {', '.join(sorted(missing))}" if missing else None

@@ -1,16 +1,13 @@
-"""A training run's data: found by name, read, hashed, recorded so that a resumed run can tell its own from others."""
+"""A training run's data: read, hashed, recorded so that a resumed run can tell its own from others."""
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 
 import click
 
 from common.dataset import Example, load_examples
 from common.errors import UserError
-from common.files import find_input, read_json, sha256_file
-from common.training.data_loader import Prepared, hash_photos
+from common.files import sha256_file
+from common.training.rows import Prepared, hash_photos
 
 
 @dataclass(frozen=True)
@@ -18,37 +15,8 @@ class DataFile:
     """One dataset file: its examples, their photographs' hashes, and the record that goes into training_args.json."""
 
     examples: list[Example]
-    photos: list[tuple[str, ...]]
+    photos: list[tuple[str, ...]]  # SHA-256 of each example's photographs as they are on disk
     record: dict
-
-
-def resolve_paths(settings: SimpleNamespace) -> None:
-    """Replace the paths in ``settings`` by what is there; find validation data, name the output by the advisor."""
-    train = find_input(settings.train_data)
-    settings.train_data = str(train)
-    if settings.val_data:
-        settings.val_data = str(find_input(settings.val_data))
-    else:
-        name = re.sub(r"_train(?=\.\w+$)", "_val", train.name)
-        beside = train.with_name(name)
-        settings.val_data = str(beside) if name != train.name and beside.is_file() else None
-    settings.advisor = _advisor(train)
-    settings.output_dir = str(Path(settings.output_dir or f"models/qwen3-vl-4b-lora-{settings.advisor}"))
-
-
-def _advisor(train: Path) -> str:
-    """Return the advisor that meta.json or the file's name tells of; else the file's stem."""
-    meta = train.with_name(re.sub(r"(_train)?\.\w+$", "_meta.json", train.name))
-    if meta.is_file():
-        found = read_json(meta)
-        if (
-            isinstance(found, dict)
-            and isinstance(found.get("advisor"), str)
-            and re.fullmatch(r"[\w-]+", found["advisor"])
-        ):
-            return found["advisor"]
-    match = re.fullmatch(r"training_data_([\w-]+)_train\.\w+", train.name)
-    return match[1] if match else train.stem
 
 
 def read_data(path: str | None) -> DataFile | None:

@@ -27,6 +27,9 @@ class Processes:
     world: int = 1
     group: object = None
 
+    def __str__(self) -> str:
+        return f"{self.world} process{'es' * (self.world > 1)}"
+
     @property
     def first(self) -> bool:
         return self.rank == 0

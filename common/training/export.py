@@ -1,48 +1,74 @@
 """What a finished run leaves behind: best and last adapter, training_args.json, model card, curve and verdict."""
 
-from pathlib import Path
+import shutil
+from dataclasses import asdict
 
-import mlx.core as mx
+import click
 
 from common.files import write_json
 from common.records import ARGS, software_versions
 from common.training.adapter_files import adapter_config, write_adapter
+from common.training.memory import GB
 from common.training.model_card import write_card
+from common.training.run import Run
+from common.training.verdict import loss_summary, verdict
 from integration.lora_patch.vlm import TARGET_MODULES
 
 SCHEMA_VERSION = 1
 
 
-def deliver(
-    folder: Path, record: dict, best: dict[str, mx.array], last: dict[str, mx.array], verdict: list[str]
-) -> None:
-    """Write everything that a finished adapter folder holds; training_args.json last, which marks it as finished."""
-    settings = record["settings"]
-    modules = sorted({name.rsplit(".", 1)[0] for name in best})
-    config = adapter_config(
-        record["base_model"], modules, settings["lora_r"], settings["lora_alpha"], settings["lora_dropout"]
-    )
+def deliver(run: Run) -> None:
+    """Write everything that a finished adapter folder holds; training_args.json last. Print the verdict."""
+    shutil.rmtree(run.folder.cache, ignore_errors=True)
+    if not run.processes.first:
+        return
+    options, position, folder = run.options, run.position, run.folder.path
+    losses = loss_summary(run.log.rows, position.best_step, position.best_loss)
+    record = training_record(run, losses)
+    record["verdict"] = lines = verdict(losses, position.step, run.steps_per_epoch, position.stopped_early)
+    last = run.delivered()
+    best = run.best or last
+    modules = sorted({name.rpartition(".")[0] for name in best})
+    config = adapter_config(options.base_model, modules, options.lora_r, options.lora_alpha, options.lora_dropout)
+    run.log.draw(run.delivered_step)
     (folder / ARGS).unlink(missing_ok=True)
     write_adapter(folder / "last", last, config)
     write_adapter(folder, best, config)
-    write_card(folder, record, verdict)
+    write_card(folder, record)
     write_json(folder / ARGS, record)
+    run.reporter.close()
+    for line in lines:
+        click.echo(line)
 
 
-def training_record(
-    settings: dict, advisor: str, fingerprint: dict, train: dict, val: dict | None, layout: dict, result: dict
-) -> dict:
+def training_record(run: Run, losses: dict) -> dict:
     """Return the content of training_args.json: all that evaluation, service and a repetition need to know."""
+    options, position, (train, val) = run.options, run.position, run.data
     return {
         "schema_version": SCHEMA_VERSION,
-        "advisor": advisor,
-        "base_model": settings["base_model"],
-        "base_fingerprint": fingerprint,
+        "advisor": options.advisor,
+        "base_model": options.base_model,
+        "base_fingerprint": run.fingerprint,
         "target_modules": list(TARGET_MODULES),
-        "settings": settings,
-        "layout": layout,
-        "train_data": train,
-        "val_data": val,
+        "settings": asdict(options),
+        "layout": asdict(run.layout),
+        "train_data": train.record,
+        "val_data": val and val.record,
         "versions": software_versions(),
-        "result": result,
+        "result": {
+            **losses,
+            "best_step": run.delivered_step,
+            "steps": position.step,
+            "epochs": round(position.step / run.steps_per_epoch, 4),
+            "examples": len(run.train),
+            "examples_per_step": run.sharding.global_batch,
+            "left_out_too_long": [example.source for example, _ in run.train.overlong],
+            "warmup_steps": run.warmup_steps,
+            "trainable_parameters": run.optimizer.values.size,
+            "tokens": position.tokens,
+            "seconds": round(position.seconds, 1),
+            "tokens_per_second": round(position.tokens / max(position.seconds, 1e-9), 1),
+            "peak_memory_gb": round(position.peak_bytes / GB, 3),
+            "stopped_early": position.stopped_early,
+        },
     }

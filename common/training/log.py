@@ -1,7 +1,9 @@
-"""What the person who waits sees: a log line a report, a loss curve that grows, TensorBoard or wandb on request."""
+"""The progress log of a run: a line a report, a loss curve that grows, TensorBoard or wandb on request."""
 
 import importlib.util
+import io
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -12,52 +14,61 @@ from common.errors import UserError
 from common.files import write_atomic
 from common.training.loss_curve import draw_loss_curve
 
-CURVE_SECONDS = 20  # the picture is drawn again at most this often, so that drawing costs nothing
+CURVE_SECONDS = 60  # the picture takes a third of a second, so it is drawn again at most this often
 
 
 class TrainingLog:
     """`training_log.jsonl`: {"kind": "train"|"validation", "step": ...} a line, appended as it happens.
 
-    A resumed run first drops what a killed one logged after its checkpoint, so that no step stands there twice.
+    ``rows`` are the lines so far: a resumed run has them from its checkpoint and writes the file anew, so no step
+    stands there twice. Only the process that ``writes`` touches the disk.
     """
 
-    def __init__(self, folder: Path, upto_step: int):
+    def __init__(self, folder: Path, rows: list[dict], writes: bool):
         self.path, self.curve = Path(folder) / "training_log.jsonl", Path(folder) / "loss_curve.png"
-        self.rows = [row for row in _whole_lines(self.path) if row["step"] <= upto_step] if upto_step else []
-        self.drawn = 0.0
-        with write_atomic(self.path) as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        self.rows, self.writes, self.drawn = rows, writes, time.monotonic()
+        if writes:
+            with write_atomic(self.path) as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def add(self, kind: str, step: int, **figures: float | int | None) -> dict:
         """Append one line and draw the curve again if that is due."""
         row = {"kind": kind, "step": step, **figures}
         self.rows.append(row)
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free space, then --resume") from error
-        if time.monotonic() - self.drawn > CURVE_SECONDS:
-            self.draw()
+        if self.writes:
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: cannot be written ({error.strerror}); free space, then --resume"
+                ) from error
+            if time.monotonic() - self.drawn > CURVE_SECONDS:
+                self.draw()
         return row
 
-    def draw(self) -> None:
-        """Draw `loss_curve.png` from all lines so far."""
+    def draw(self, delivered: int | None = None) -> None:
+        """Draw `loss_curve.png` from all lines so far, with a mark at the step that is ``delivered``."""
+        picture = io.BytesIO()
+        draw_loss_curve(self.rows, picture, delivered)
         with write_atomic(self.curve, "wb") as file:
-            draw_loss_curve(self.rows).save(file, "PNG")
+            file.write(picture.getvalue())
         self.drawn = time.monotonic()
 
-    def of(self, kind: str) -> list[dict]:
-        return [row for row in self.rows if row["kind"] == kind]
 
-
-def _whole_lines(path: Path) -> list[dict]:
-    """Return the log's lines up to the first that a kill cut short."""
+def read_log(path: Path, upto_step: int) -> list[dict]:
+    """Return a log's lines up to a step, those before the first that is damaged: a kill cuts the last one short."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            if row["step"] <= upto_step and math.isfinite(row["loss"]) and row["kind"] in ("train", "validation"):
+                rows.append(row)
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
     return rows
 
@@ -126,6 +137,6 @@ def clock(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print one line without tearing a progress bar apart."""
     tqdm.write(line)

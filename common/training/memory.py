@@ -16,8 +16,7 @@ from mlx.utils import tree_flatten
 from common.errors import UserError
 from common.model.layer import CHUNK
 from common.model.step import IN_FLIGHT as QUEUED
-from common.model.step import ROW_CHUNK, VOCAB_CHUNK
-from common.training.data_loader import padded
+from common.model.step import ROW_CHUNK, VOCAB_CHUNK, round_up
 
 GB = 1e9
 SHARE = {"metal": 0.95, "cuda": 0.92, "cpu": 0.8}  # of what the device offers; the rest is for what is not counted
@@ -158,8 +157,8 @@ class Plan:
 
 def estimate(shape: Shape, micro: int, length: int, targets: int, checkpointing: bool, multiple: int) -> Plan:
     """Estimate the peak of a step with ``micro`` rows of ``length`` tokens, ``targets`` of them supervised in each."""
-    rows = padded(length, multiple)
-    tokens, supervised = micro * rows, padded(micro * targets, multiple)
+    rows = round_up(length, multiple)
+    tokens, supervised = micro * rows, round_up(micro * targets, multiple)
     d, q, kv, inner = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate
     item, adapter = shape.itemsize, shape.trainable
     # kept for the backward pass, in values a token and layer: see "keep" in common/model/layer.py

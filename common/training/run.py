@@ -1,20 +1,22 @@
-"""A training run: what it trains and on what, how far it is, and how it is saved and gone on with."""
+"""A training run: what it trains and on what, how far it is, and how it is saved and resumed."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import mlx.core as mx
 
 from common.model.step import pack_lora, unpack_lora
 from common.records import software_versions
+from common.training.checkpoint import LOG
 from common.training.data import DataFile
-from common.training.data_loader import Prepared, Sharding, steps_per_epoch
+from common.training.data_loader import Sharding, steps_per_epoch
 from common.training.distributed import Processes
-from common.training.log import TrainingLog, make_reporter
+from common.training.log import TrainingLog, make_reporter, read_log
 from common.training.optimizer import AdamW, warmup_within
+from common.training.options import TrainingOptions
 from common.training.plan import Layout
+from common.training.rows import Prepared
 from common.training.run_folder import RunFolder
 from integration.lora_patch.vlm import Base
 
@@ -34,55 +36,74 @@ class Position:
     stopped_early: bool = False
 
 
-@dataclass
-class Run:
-    """A training run: what it trains, on what, how far it is, and where it writes."""
+@dataclass(frozen=True)
+class Setup:
+    """All that a run is made from: options, base with its adapter attached, data, and where it runs and writes."""
 
-    settings: SimpleNamespace
+    options: TrainingOptions
+    processes: Processes
+    folder: RunFolder
     base: Base
+    fingerprint: dict
+    data: tuple[DataFile, DataFile | None]  # training, validation
     train: Prepared
     val: Prepared | None
-    data: tuple[DataFile, DataFile | None]
-    fingerprint: dict
     layout: Layout
-    folder: RunFolder
-    processes: Processes
+    checkpoint: tuple[Path, dict] | None  # (folder, state) to resume from
 
-    def begin(self, found: tuple[Path, dict] | None) -> None:
-        """Start from the untrained adapter, or exactly where a checkpoint left off; claim the folder."""
-        settings, processes = self.settings, self.processes
-        self.sharding = Sharding(
-            settings.batch_size * settings.gradient_accumulation_steps * processes.world,
-            self.layout.micro,
-            processes.rank,
-            processes.world,
+
+class Run:
+    """A training run from its first step, or exactly where a checkpoint left off. Making it claims the folder."""
+
+    def __init__(self, setup: Setup):
+        options, processes, layout = setup.options, setup.processes, setup.layout
+        self.options, self.processes, self.layout, self.folder = options, processes, layout, setup.folder
+        self.base, self.fingerprint, self.data = setup.base, setup.fingerprint, setup.data
+        self.train, self.val = setup.train, setup.val
+        global_batch = options.batch_size * options.gradient_accumulation_steps * processes.world
+        self.sharding = Sharding(global_batch, layout.micro, processes.rank, processes.world)
+        self.steps_per_epoch = steps_per_epoch(len(self.train), global_batch)
+        self.total_steps = options.epochs * self.steps_per_epoch
+        self.warmup_steps = warmup_within(options.warmup_steps, self.total_steps)
+        self.optimizer = AdamW(pack_lora(self.base.model), options.weight_decay)
+        self.position, self.best, rows = Position(), {}, []
+        if setup.checkpoint:
+            self.position, self.best, rows = self._restore(*setup.checkpoint)
+        if processes.first and (renamed := self.folder.claim(fresh=not setup.checkpoint)):
+            click.echo(renamed)
+        self.reporter = make_reporter(
+            options.report_to if processes.first else "none", self.folder.path, asdict(options)
         )
-        self.an_epoch = steps_per_epoch(len(self.train), self.sharding.global_batch)
-        self.total = settings.epochs * self.an_epoch
-        self.warmup = warmup_within(settings.warmup_steps, self.total)
-        self.optimizer = AdamW(pack_lora(self.base.model), settings.weight_decay)
-        self.position, self.best = Position(), {}
-        if found:
-            self._restore(*found)
-        self.log, self.reporter = None, None
-        if processes.first:
-            if said := self.folder.claim(fresh=not found):
-                click.echo(said)
-            self.reporter = make_reporter(settings.report_to, self.folder.path, vars(settings))
-            self.log = TrainingLog(self.folder.path, self.position.step if found else None)
+        self.log = TrainingLog(self.folder.path, rows, processes.first)
 
-    def _restore(self, checkpoint: Path, state: dict) -> None:
-        self.position = Position(**state["position"])
-        names = ("values", "first", "second")
-        tensors = {name: mx.zeros_like(self.optimizer.values) for name in names}
+    def __str__(self) -> str:
+        validation = f"{len(self.val)} for validation" if self.val else "none for validation (best = last)"
+        resumed = f"; continuing after step {self.position.step}" if self.position.step else ""
+        return (
+            f"{self.optimizer.values.size:,} parameters, {len(self.train)} examples to train on, {validation}; "
+            f"{self.total_steps} steps, {self.steps_per_epoch} an epoch, {self.warmup_steps} of warm-up{resumed}"
+        )
+
+    @property
+    def delivered_step(self) -> int:
+        """The step whose adapter is delivered: the best by validation loss, else the last."""
+        return self.position.best_step or self.position.step
+
+    def _restore(self, checkpoint: Path, state: dict) -> tuple[Position, dict[str, mx.array], list[dict]]:
+        """Give the optimizer a checkpoint's state; return (position, best adapter, log)."""
+        position, best, rows = Position(**state["position"]), {}, []
+        tensors = {name: mx.zeros_like(self.optimizer.values) for name in ("values", "first", "second")}
         if self.processes.first:
             tensors = mx.load(str(checkpoint / "optimizer.safetensors"))
             tensors["values"] = pack_lora(self.base.model, mx.load(str(checkpoint / "adapter.safetensors")))
-            best = checkpoint / "best.safetensors"
-            self.best = mx.load(str(best)) if best.is_file() else {}
-        tensors = {name: self.processes.from_first(tensors[name]) for name in names}
-        mx.eval(tensors, self.best)
-        self.optimizer.restore(tensors, self.position.step)
+            if (checkpoint / "best.safetensors").is_file():
+                best = mx.load(str(checkpoint / "best.safetensors"))
+            own = checkpoint / LOG  # checkpoints of an earlier version have none
+            rows = read_log(own if own.is_file() else self.folder.path / "training_log.jsonl", position.step)
+        tensors = {name: self.processes.from_first(tensors[name]) for name in ("values", "first", "second")}
+        mx.eval(tensors, best)
+        self.optimizer.restore(tensors, position.step)
+        return position, best, rows
 
     def save(self) -> Path | None:
         """Write a checkpoint of the present position."""
@@ -93,8 +114,8 @@ class Run:
             "schema_version": 1,
             "position": asdict(self.position),
             # order and dropout are functions of seed and step, so these two are the whole random state
-            "random_state": {"seed": self.settings.seed, "step": self.position.step},
-            "settings": vars(self.settings),
+            "random_state": {"seed": self.options.seed, "step": self.position.step},
+            "settings": asdict(self.options),
             "layout": asdict(self.layout),
             "processes": self.processes.world,
             "train_data": train.record,
@@ -106,7 +127,7 @@ class Run:
         tensors["optimizer"] = {"first": self.optimizer.first, "second": self.optimizer.second}
         if self.best:
             tensors["best"] = self.best
-        return self.folder.checkpoints.save(self.position.step, tensors, state)
+        return self.folder.checkpoints.save(self.position.step, tensors, state, self.log.rows)
 
     def delivered(self) -> dict[str, mx.array]:
         """Return the adapter in the base's own precision, which is also what the forward pass rounds it to."""

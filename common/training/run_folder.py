@@ -1,18 +1,17 @@
-"""The folder a training run writes to: never overwritten unasked, used by one run at a time, gone on with exactly."""
+"""The folder a training run writes to: never overwritten unasked, used by one run at a time, resumed exactly."""
 
 import fcntl
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import sync_folder, write_text
 from common.records import ARGS
-from common.training.checkpoint import Checkpoints
-from integration.lora_patch.versions import CONFIG, PEFT_WEIGHTS
+from common.training.checkpoint import Checkpoints, make_durable
+from common.training.model_card import CARD
+from integration.lora_patch.versions import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 
-# settings that a resumed run may change, since the adapter comes out the same; what they name is compared by content
-FREE = {
-    "train_data", "val_data", "base_model", "output_dir", "save_freq", "keep_checkpoints", "log_freq", "report_to",
-    "resume", "overwrite", "plan", "feature_cache", "cache_limit_gb", "on_overlong", "auto_memory",
-}  # fmt: skip
+TRAINED = ".trained"  # written last of all: the run that was asked for is finished. The launcher's exit code is not
+ADAPTER_FILES = (ARGS, CONFIG, PEFT_WEIGHTS, MLX_WEIGHTS, "adapter_model.bin", CARD)
 
 
 class RunFolder:
@@ -25,45 +24,55 @@ class RunFolder:
 
     @property
     def cache(self) -> Path:
-        """Where prepared rows wait that memory has no room for: beside the folder, which may yet be renamed."""
+        """Where prepared rows are kept that memory has no room for: beside the folder, which may yet be renamed."""
         return self.path.with_name(f".{self.path.name}.cache")
 
     @property
     def finished(self) -> bool:
         return all((self.path / name).is_file() for name in (ARGS, CONFIG, PEFT_WEIGHTS))
 
+    @property
+    def holds(self) -> str | None:
+        """The name of a file that an adapter, or a model, consists of; None if there is none."""
+        names = [name for name in ADAPTER_FILES if (self.path / name).exists()]
+        return next(iter(names + [path.name for path in self.path.glob("*.safetensors")]), None)
+
     def find_resumable(self, resume: bool, overwrite: bool) -> tuple[Path, dict] | None:
-        """Return (checkpoint, state) to go on from, None to begin anew; UserError where that would lose an adapter."""
+        """Return (checkpoint, state) to resume, None to train anew; UserError where that would lose an adapter."""
         if overwrite:  # above --resume, which the Makefile always gives
             return None
         if resume and (found := self.checkpoints.newest()):
             return found
-        if self.finished:
+        steps = self.checkpoints.steps()
+        if self.finished or (self.holds and not steps):
+            what = "a finished adapter" if self.finished else f"files that this run did not write ({self.holds})"
             raise UserError(
-                f"{self.path}: holds a finished adapter; name another --output_dir, or give --overwrite to train anew "
+                f"{self.path}: holds {what}; name another --output_dir, or give --overwrite to train anew "
                 "(the old folder is renamed, not deleted)"
             )
-        if (steps := self.checkpoints.steps()) and not resume:
+        if steps and not resume:
             raise UserError(
-                f"{self.path}: holds an unfinished run (step {steps[0]}); give --resume to go on with it, or "
-                "--overwrite to begin anew (the old folder is renamed, not deleted)"
+                f"{self.path}: holds an unfinished run (step {steps[0]}); give --resume to continue it, or "
+                "--overwrite to train anew (the old folder is renamed, not deleted)"
             )
         return None
 
     def claim(self, fresh: bool) -> str | None:
-        """Take the folder for this run, just before the first write; return what was said aside, if anything was.
+        """Take the folder for this run, just before the first write; return a line on what was renamed, if anything.
 
-        ``fresh``: begin anew; what a former run left is renamed.
+        ``fresh``: train anew; what a former run left is renamed. A link stays a link: its target is renamed.
         """
-        said = None
+        line = None
         try:
             self._lock()
-            if fresh and (self.finished or self.checkpoints.steps()):
+            if fresh and (self.holds or self.checkpoints.steps()):
+                real = self.path.resolve()
                 number = 1
-                while (aside := self.path.with_name(f"{self.path.name}.replaced-{number}")).exists():
+                while (aside := real.with_name(f"{real.name}.replaced-{number}")).exists():
                     number += 1
-                self.path.rename(aside)
-                said = f"the former {self.path} is now {aside}"
+                real.rename(aside)
+                sync_folder(real.parent)
+                line = f"the former {self.path} is now {aside if self.path.is_absolute() else self._shown(aside)}"
                 self._lock()
         except BlockingIOError as error:
             raise UserError(f"{self.path}: another run is training here; wait for it or name another folder") from error
@@ -73,24 +82,22 @@ class RunFolder:
         for folder in (self.path, self.path / "last", self.cache):  # what killed runs left half-written
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
-        return said
+        return line
+
+    def _shown(self, aside: Path) -> Path:
+        return self.path.with_name(aside.name) if self.path.resolve().parent == self.path.parent.resolve() else aside
 
     def _lock(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_durable(self.path.resolve())
         self.lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends, however it ends
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-
-def take_over(settings: dict, typed: set[str], saved: dict) -> list[str]:
-    """Fill ``settings`` with a checkpoint's, but for those that may change; return how the ``typed`` ones differ."""
-    differences = []
-    for name, value in saved.items():
-        if name in FREE or name not in settings:
-            continue
-        if name in typed and settings[name] != value:
-            differences.append(f"{name} was {value}, now {settings[name]}")
-        settings[name] = value
-    return differences
+    def mark(self, finished: bool) -> None:
+        """Say by a file that the run is finished, or that it is not."""
+        if finished:
+            write_text(self.path / TRAINED, "")
+        else:
+            (self.path / TRAINED).unlink(missing_ok=True)
 
 
 def data_differences(saved: dict | None, now: dict | None, label: str) -> list[str]:
@@ -111,10 +118,10 @@ def _data(record: dict | None) -> str:
 
 
 def refuse_differences(folder: Path, differences: list[str]) -> None:
-    """UserError that names every difference between a checkpoint and the run that would go on from it."""
+    """UserError that names every difference between a checkpoint and the run that would resume it."""
     if differences:
         raise UserError(
-            f"{folder}: cannot go on with another run's checkpoint: "
+            f"{folder}: cannot resume another run's checkpoint: "
             + "; ".join(differences)
             + ". Give the same again, or train anew with --overwrite or another --output_dir"
         )

@@ -98,3 +98,40 @@ def test_a_set_is_taken_whole_or_not_at_all(tmp_path):
     val.write_text("[1]")
     with pytest.raises(UserError, match="val.jsonl: not the file that training_data_ansel_meta.json was written with"):
         read_meta(train, val)
+
+
+def messages(user: object, **row: object) -> dict:
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": "{}"}], **row}
+
+
+def test_marks_of_several_photographs_are_not_text_and_image_path_is_read(tmp_path, photo):
+    path = tmp_path / "data.jsonl"
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Judge."}]
+    rows = [messages("<image>\n<image>\nJudge.", images=[photo, photo]), messages(parts, images=[photo, photo]),
+            messages("Judge.", image_path=photo)]  # fmt: skip
+    write_jsonl(path, rows)
+    examples = load_examples(path)
+    assert [example.prompt for example in examples] == ["Judge."] * 3
+    assert [len(example.image_paths) for example in examples] == [2, 2, 1]
+
+
+MENDED = {
+    "after text": (messages("Judge <image> this.", images=["a"]), "a photograph after text"),
+    "parts after text": (
+        messages([{"type": "text", "text": "Judge"}, {"type": "image"}], images=["a"]),
+        "a photograph after text",
+    ),
+    "two marks for one": (messages("<image><image>Judge.", images=["a"]), "2 image marks for 1 photographs"),
+    "a video": (messages([{"type": "video"}], images=["a"]), "neither text nor image"),
+    "blank response": ({"image_path": "a", **ROW, "response": " \n\t"}, "response is "),
+    "blank prompt": (messages("<image> \n", images=["a"]), "a message has no text"),
+    "no photograph": (messages("Judge.", images=[]), "images"),
+}
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_rows_that_would_be_trained_otherwise_than_they_read_are_refused(name, tmp_path):
+    row, message = MENDED[name]
+    write_jsonl(tmp_path / "data.jsonl", [row])
+    with pytest.raises(UserError, match=f"data.jsonl:1: .*{message}"):
+        load_examples(tmp_path / "data.jsonl")

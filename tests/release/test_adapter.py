@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from common.errors import UserError
 from common.files import write_json
 from common.model.lora import attach_lora, lora_parameters, update_lora
+from common.model.tensors import save_tensors
 from common.release.adapter import main
-from common.tensors import save_tensors
 from common.training.adapter_files import adapter_config, peft_name, write_adapter
 from integration.lora_patch.adapters import as_uniform, read_adapter
 from integration.lora_patch.fingerprint import base_fingerprint

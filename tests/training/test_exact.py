@@ -15,8 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from common.errors import UserError
 from common.model.lora import attach_lora, lora_parameters
 from common.model.step import collate, pack_lora, packed_loss_and_grads
-from common.training import data_loader as feed
-from common.training import memory
+from common.training import data_loader, memory
 from common.training.distributed import Processes
 from common.training.optimizer import AdamW, clip, learning_rate_at, warmup_within
 from integration.lora_patch.photo import load_photo
@@ -53,7 +52,7 @@ def reference_losses(folder: Path, base_folder: Path, batch: int, epochs: int, r
     optimizer = mlx.optimizers.AdamW(rate, weight_decay=0.01, bias_correction=True)
     losses, steps = [], -(-len(rows) // batch)
     for step in range(epochs * steps):
-        order = feed.epoch_order(len(rows), step // steps, 0)[(step % steps) * batch :][:batch]
+        order = data_loader.epoch_order(len(rows), step // steps, 0)[(step % steps) * batch :][:batch]
         tokens = sum(int(encoded[i].completion_mask[1:].sum()) for i in order)
         total, gradient = 0.0, None
         for i in order:
@@ -182,25 +181,29 @@ def free_port() -> int:
 @pytest.mark.parametrize(("examples", "batch", "micro"), [(7, 2, 1), (12, 4, 4), (5, 8, 3), (1, 1, 1)])
 def test_every_example_is_used_once_an_epoch(world, examples, batch, micro):
     lengths = [100 + 7 * (index % 5) for index in range(examples)]
-    steps = feed.steps_per_epoch(examples, batch * world)
+    steps = data_loader.steps_per_epoch(examples, batch * world)
     for epoch in range(3):
         used = []
         for step in range(epoch * steps, (epoch + 1) * steps):
             whole = []
             for rank in range(world):
-                for group in feed.micro_batches(lengths, step, 3, feed.Sharding(batch * world, micro, rank, world)):
+                for group in data_loader.micro_batches(
+                    lengths, step, 3, data_loader.Sharding(batch * world, micro, rank, world)
+                ):
                     assert 0 < len(group) <= micro
                     whole += group
-            assert sorted(whole) == sorted(feed.step_examples(examples, step, 3, feed.Sharding(batch * world, micro)))
+            assert sorted(whole) == sorted(
+                data_loader.step_examples(examples, step, 3, data_loader.Sharding(batch * world, micro))
+            )
             used += whole
         assert sorted(used) == list(range(examples))
 
 
 def test_the_order_changes_with_epoch_and_seed_and_with_nothing_else():
-    assert feed.epoch_order(50, 0, 1) == feed.epoch_order(50, 0, 1)
-    orders = {feed.epoch_order(50, epoch, seed) for epoch in range(3) for seed in range(3)}
+    assert data_loader.epoch_order(50, 0, 1) == data_loader.epoch_order(50, 0, 1)
+    orders = {data_loader.epoch_order(50, epoch, seed) for epoch in range(3) for seed in range(3)}
     assert len(orders) == 9
-    assert feed.epoch_order(6, 0, 0) == (2, 0, 3, 5, 4, 1)  # the same on every machine, in every version
+    assert data_loader.epoch_order(6, 0, 0) == (2, 0, 3, 5, 4, 1)  # the same on every machine, in every version
 
 
 def test_warm_up_is_linear_at_most_a_tenth_and_the_cosine_ends_near_zero():

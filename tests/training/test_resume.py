@@ -17,10 +17,12 @@ import mlx.core as mx
 import pytest
 from PIL import Image
 
-import common.training.export
 import train_mlx_lora
 from common.errors import UserError
-from common.training.checkpoint import Checkpoints, damage
+from common.records import software_versions
+from common.training import loop
+from common.training.checkpoint import STATE_KEYS, Checkpoints, damage
+from common.training.run_folder import TRAINED, RunFolder
 from tests.training_sample import (
     TRAIN,
     VAL,
@@ -92,7 +94,7 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(data, tiny_base, 
     found, state = Checkpoints(Path("a stop/checkpoints"), 2).newest()
     step = state["position"]["step"]
     assert errors.splitlines()[-2:] == [
-        f"SIGTERM: stopped after step {step} of 16, saved in a stop/checkpoints/{found.name}; go on with:",
+        f"SIGTERM: stopped after step {step} of 16, saved in a stop/checkpoints/{found.name}; continue with:",
         "  python " + shlex.join([*command[1:], "--resume"]),
     ]
     finish_here(tiny_base, "a stop")
@@ -100,18 +102,18 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(data, tiny_base, 
 
 def test_control_c_does_so_too(data, tiny_base, monkeypatch):
     monkeypatch.chdir(data)
-    dispatch = train_mlx_lora.dispatch
+    dispatch = loop.dispatch
 
     def interrupted_in_step_5(run, step, *arguments):
         if step == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return dispatch(run, step, *arguments)
 
-    monkeypatch.setattr(train_mlx_lora, "dispatch", interrupted_in_step_5)
+    monkeypatch.setattr(loop, "dispatch", interrupted_in_step_5)
     result = train_here(tiny_base, *SETTINGS, "--output_dir", "interrupted")
     assert result.exit_code == 130
     assert "SIGINT: stopped after step 5 of 16, saved in interrupted/checkpoints/step-000005" in result.stderr
-    monkeypatch.setattr(train_mlx_lora, "dispatch", dispatch)
+    monkeypatch.setattr(loop, "dispatch", dispatch)
     del result  # its traceback holds the run, and with it the folder's lock
     finish_here(tiny_base, "interrupted")
 
@@ -121,11 +123,11 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(data, tiny_bas
     monkeypatch.chdir(data)
     save, soft_hard = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_on_a_small_disk(self, step, tensors, state):
+    def save_on_a_small_disk(self, step, *rest):
         if step > 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, soft_hard[1]))
         try:
-            return save(self, step, tensors, state)
+            return save(self, step, *rest)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
 
@@ -134,7 +136,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(data, tiny_bas
     assert result.exit_code == 1
     message = result.stderr.splitlines()[-1]
     assert message.startswith("Error: the checkpoint of step 4 could not be written: ")
-    assert message.endswith("full/checkpoints/step-000003 is whole: free space, then go on with --resume")
+    assert message.endswith("full/checkpoints/step-000003 is whole: free space, then --resume")
     assert [path.name for path in Path("full/checkpoints").iterdir()] == ["step-000003"]
     monkeypatch.setattr(Checkpoints, "save", save)
     del result  # its traceback holds the run, and with it the folder's lock
@@ -148,7 +150,7 @@ def test_killed_while_delivering_it_delivers_on_resume(data, tiny_base, monkeypa
     for name in ("training_args.json", "adapters.safetensors", "adapter_config.json"):
         Path("undelivered", name).unlink()
     result = train_here(tiny_base, *SETTINGS, "--output_dir", "undelivered", "--resume")
-    assert result.exit_code == 0 and "going on after step 16" in result.output
+    assert result.exit_code == 0 and "continuing after step 16" in result.output
     assert not list(Path("undelivered").glob("*.tmp"))
     assert adapter_bytes(data / "undelivered") == adapter_bytes(data / "whole")
 
@@ -156,7 +158,9 @@ def test_killed_while_delivering_it_delivers_on_resume(data, tiny_base, monkeypa
 def test_rows_on_disk_give_the_same_adapter_and_are_mended(data, tiny_base, monkeypatch):
     monkeypatch.chdir(data)
     options = (*SETTINGS, "--output_dir", "disk", "--feature_cache", "disk")
-    monkeypatch.setattr(train_mlx_lora, "train_loop", lambda run: (_ for _ in ()).throw(UserError("stopped here")))
+    monkeypatch.setattr(
+        train_mlx_lora, "train_loop", lambda run, stop: (_ for _ in ()).throw(UserError("stopped here"))
+    )
     assert train_here(tiny_base, *options).exit_code == 1
     rows = sorted(Path(".disk.cache").iterdir())
     assert len(rows) == 10
@@ -180,8 +184,9 @@ def unfinished(tmp_path_factory, tiny_base):
     folder = write_dataset(tmp_path_factory.mktemp("unfinished"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train_mlx_lora, "finish", lambda run: None)
+        patch.setattr(train_mlx_lora, "deliver", lambda run: None)
         assert train_here(tiny_base, "--epochs", 1, "--output_dir", "run").exit_code == 0
+    (folder / "run" / TRAINED).unlink()
     return folder
 
 
@@ -226,7 +231,7 @@ def test_resuming_on_changed_data_is_refused_with_the_difference(name, stopped, 
     result = train_here(tiny_base, "--output_dir", "run", "--resume")
     assert result.exit_code == 1
     message = result.stderr.splitlines()[-1]
-    assert message.startswith("Error: run: cannot go on with another run's checkpoint: ")
+    assert message.startswith("Error: run: cannot resume another run's checkpoint: ")
     assert all(word in message for word in words), message
     assert {path: path.read_bytes() for path in (stopped / "run").rglob("*") if path.is_file()} == before
 
@@ -261,7 +266,7 @@ def test_a_finished_adapter_without_checkpoints_is_not_lost_by_resuming(data, ti
 
 
 def test_two_runs_do_not_share_a_folder(stopped, tiny_base):
-    folder = train_mlx_lora.RunFolder(stopped / "run", 2)
+    folder = RunFolder(stopped / "run", 2)
     folder.claim(fresh=False)
     try:
         result = train_here(tiny_base, "--output_dir", "run", "--resume")
@@ -274,7 +279,7 @@ def test_two_runs_do_not_share_a_folder(stopped, tiny_base):
 
 
 def test_other_versions_are_said(stopped, tiny_base, monkeypatch):
-    monkeypatch.setattr(train_mlx_lora, "versions", lambda: dict.fromkeys(common.training.export.versions(), "9.9"))
+    monkeypatch.setattr("common.training.setup.software_versions", lambda: dict.fromkeys(software_versions(), "9.9"))
     result = train_here(tiny_base, "--output_dir", "run", "--resume")
     assert "; mlx-vlm 0.7.10, now 9.9" in result.stderr and "the adapter may differ in rounding" in result.stderr
 
@@ -284,7 +289,7 @@ def test_other_versions_are_said(stopped, tiny_base, monkeypatch):
 
 def saved(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
-        checkpoints.save(step, {"adapter": {"a": mx.full((4,), step)}}, {"step": step})
+        checkpoints.save(step, {"adapter": {"a": mx.full((4,), step)}}, {**dict.fromkeys(STATE_KEYS), "step": step}, [])
 
 
 def test_the_newest_whole_checkpoint_is_found_whatever_happened_to_the_others(tmp_path, capsys):
@@ -297,7 +302,7 @@ def test_the_newest_whole_checkpoint_is_found_whatever_happened_to_the_others(tm
     (checkpoints.path(3) / "state.json").unlink()
     (tmp_path / ".writing-1-000006").mkdir()  # a kill in mid-write
     path, state = checkpoints.newest()
-    assert (path, state) == (checkpoints.path(2), {"step": 2})
+    assert path == checkpoints.path(2) and state["step"] == 2
     errors = capsys.readouterr().err
     assert "adapter.safetensors has changed since it was written" in errors and "state.json is missing" in errors
     checkpoints.sweep()
@@ -323,7 +328,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(tmp_path, mon
         saved(checkpoints, 2)
     assert error.value.message == (
         f"the checkpoint of step 2 could not be written: No space left on device; {checkpoints.path(1)} is whole: "
-        "free space, then go on with --resume"
+        "free space, then --resume"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
