@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import click
 
-from common.dataset import Example, load_examples
+from common.dataset import Example, load_examples, read_meta
 from common.errors import UserError
 from common.files import sha256_file
 from common.training.rows import Prepared, hash_photos
@@ -17,6 +17,7 @@ class DataFile:
     examples: list[Example]
     photos: list[tuple[str, ...]]  # SHA-256 of each example's photographs as they are on disk
     record: dict
+    specification: dict | None  # of the prompt, as prepare_training_data.py wrote it beside the file
 
 
 def read_data(path: str | None) -> DataFile | None:
@@ -31,7 +32,7 @@ def read_data(path: str | None) -> DataFile | None:
         "examples": len(examples),
         "photos": [photo for hashes in photos for photo in hashes],
     }
-    return DataFile(examples, photos, record)
+    return DataFile(examples, photos, record, (read_meta(path) or {}).get("specification"))
 
 
 def check_apart(train: DataFile, val: DataFile | None) -> None:

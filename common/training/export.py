@@ -54,6 +54,7 @@ def training_record(run: Run, losses: dict) -> dict:
         "layout": asdict(run.layout),
         "train_data": train.record,
         "val_data": val and val.record,
+        "specification": train.specification,
         "versions": software_versions(),
         "result": {
             **losses,

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import click
 
+from common.dataset import read_meta
 from common.errors import UserError
-from common.files import find_input, read_json
+from common.files import find_input
+from integration.lora_patch.names import is_advisor
+from integration.lora_patch.versions import version_folder
 
 AUTO = "auto"
 
@@ -94,8 +97,8 @@ class TrainingOptions:
             val = val if name != train.name and val.is_file() else None
         if self.micro_batch_size != AUTO and self.micro_batch_size > self.batch_size:
             raise UserError(f"--micro_batch_size {self.micro_batch_size} is more than --batch_size {self.batch_size}")
-        advisor = advisor_of(train)
-        output = str(Path(self.output_dir or f"models/qwen3-vl-4b-lora-{advisor}"))
+        advisor = advisor_of(train, read_meta(train, *([val] if val else [])) or {})
+        output = str(Path(self.output_dir or version_folder(Path("models"), advisor, 1)))
         val = str(val) if val else None
         return replace(self, train_data=str(train), val_data=val, advisor=advisor, output_dir=output)
 
@@ -116,16 +119,9 @@ class TrainingOptions:
         return None if self.max_seq_length == AUTO else self.max_seq_length
 
 
-def meta_file(train: Path) -> Path:
-    """Return where the summary of a dataset is that prepare_training_data.py wrote beside the training file."""
-    return train.with_name(re.sub(r"(_train)?\.\w+$", "_meta.json", train.name))
-
-
-def advisor_of(train: Path) -> str:
+def advisor_of(train: Path, meta: dict) -> str:
     """Return the advisor that the dataset's summary or the file's name tells; else the file's stem."""
-    meta = read_json(meta_file(train)) if meta_file(train).is_file() else None
-    advisor = meta.get("advisor") if isinstance(meta, dict) else None
-    if isinstance(advisor, str) and re.fullmatch(r"[\w-]+", advisor):
+    if isinstance(advisor := meta.get("advisor"), str) and is_advisor(advisor):
         return advisor
-    match = re.fullmatch(r"training_data_([\w-]+)_train\.\w+", train.name)
-    return match[1] if match else train.stem
+    match = re.fullmatch(r"training_data_(.+)_train\.\w+", train.name)
+    return match[1] if match and is_advisor(match[1]) else train.stem
