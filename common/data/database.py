@@ -12,6 +12,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -23,7 +24,8 @@ from common.data.sources import MAX_TEXT, as_text
 from common.errors import UserError
 
 NEEDED = ("id", "filename", "advisor", "status")  # columns without which jobs cannot be linked
-_BATCH = 500  # rows fetched at a time from a database whose readers block its writer
+_BATCH = 500  # rows fetched at a time
+_PATIENCE = 15  # seconds to wait for a writer that locks readers out, and for a view to end
 
 
 def find_databases(paths: tuple[str | os.PathLike, ...]) -> list[Path]:
@@ -76,9 +78,9 @@ class Database:
         self._before = _state(path)
         self._immutable = False
         self.connection = self._connect()
-        self.connection.text_factory = bytes  # decoded where a damaged text can be laid to its row
         self.columns = self._read_columns()
-        self._order = "rowid" if self._has_rowid() else "id"
+        self._refuse_endless_view()
+        self._keyed = self._has_rowid()
 
     def __enter__(self) -> "Database":
         return self
@@ -105,11 +107,15 @@ class Database:
             return self._open(self.path, "immutable=1")
         try:
             connection = self._open(self.path, "mode=ro")
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            self._wait_for_writer(connection)
             if in_wal_mode:
                 connection.execute("BEGIN")  # one snapshot for all that follows
             return connection
         except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise UserError(
+                    f"{self.path}: its writer locks readers out; stop the service, or link a copy of the database"
+                ) from error
             if not in_wal_mode or "malformed" in str(error):
                 raise UserError(f"{self.path}: cannot be read ({error})") from error
         if wal.stat().st_size == 0:
@@ -124,13 +130,29 @@ class Database:
 
     @staticmethod
     def _open(path: Path, how: str) -> sqlite3.Connection:
-        return sqlite3.connect(f"file:{quote(str(path.absolute()))}?{how}", uri=True, isolation_level=None, timeout=30)
+        uri = f"file:{quote(str(path.absolute()))}?{how}"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_PATIENCE)
+        connection.text_factory = bytes  # decoded where a damaged text can be laid to its row
+        return connection
+
+    def _wait_for_writer(self, connection: sqlite3.Connection) -> None:
+        """Return once the database can be read; OperationalError when a writer still holds it after `_PATIENCE`."""
+        connection.execute("PRAGMA busy_timeout = 1000")
+        started, said = time.monotonic(), False
+        while True:
+            try:
+                connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                connection.execute(f"PRAGMA busy_timeout = {1000 * _PATIENCE}")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() - started > _PATIENCE:
+                    raise
+            if not said:
+                click.echo(f"{self.path}: locked by its writer; waiting up to {_PATIENCE} seconds", err=True)
+                said = True
 
     def _read_columns(self) -> list[str]:
-        try:
-            columns = [row[1].decode() for row in self.connection.execute("PRAGMA table_info(jobs)")]
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{self.path}: cannot be read ({error})") from error
+        columns = [shown(row[1]) for row in self._rows("PRAGMA table_info(jobs)")]
         if not columns:
             raise NoMondrianDatabase(f"{self.path}: no table jobs in it; name Mondrian's database with --db_path")
         lacking = [name for name in NEEDED if name not in columns]
@@ -139,6 +161,19 @@ class Database:
                 f"{self.path}: table jobs lacks the column(s) {', '.join(lacking)}; is it Mondrian's?"
             )
         return columns
+
+    def _refuse_endless_view(self) -> None:
+        """UserError where ``jobs`` is a view whose rows cannot be counted within `_PATIENCE`."""
+        if self._value("SELECT type FROM sqlite_master WHERE name = 'jobs'") != "view":
+            return
+        ends = time.monotonic() + _PATIENCE
+        self.connection.set_progress_handler(lambda: time.monotonic() > ends, 100_000)
+        try:
+            self.connection.execute("SELECT count(*) FROM jobs").fetchone()
+        except sqlite3.OperationalError as error:
+            raise UserError(f"{self.path}: jobs is a view that does not end ({error}); link a table of jobs") from error
+        finally:
+            self.connection.set_progress_handler(None, 0)
 
     def _has_rowid(self) -> bool:
         try:
@@ -165,42 +200,47 @@ class Database:
         return int(self._value("SELECT count(*) FROM jobs") or 0)
 
     def jobs(self, columns: tuple[str, ...]) -> Iterator[dict]:
-        """Yield each job in the order it was made: {"rowid", column: text, number, None or AnalysisError, ...}.
+        """Yield each job: {"rowid", column: text, number, None or AnalysisError, ...}, by time of making, then by id.
 
-        Columns that this version lacks are None. A text that is too large or no UTF-8 comes as an AnalysisError.
+        The order is the content's, not that in which rows happen to lie. Columns that this version lacks are None. A
+        text that is too large or no UTF-8 comes as an AnalysisError.
         """
         here = [name for name in columns if name in self.columns]
         parts = []
         for name in here:  # what is too large is never loaded; length() of a text would stop at a NUL
             size = f"length(CAST({name} AS BLOB))"
             parts.append(f"CASE WHEN {size} > {4 * MAX_TEXT} THEN NULL ELSE {name} END, {size}")
-        selected = ", ".join([self._order, *parts])
-        for values in self._batches(selected):
+        for values in self._in_order(", ".join(parts)):
             row: dict = dict.fromkeys(columns)
             row["rowid"] = values[0]
             for at, name in enumerate(here):
                 row[name] = _column(values[1 + 2 * at], values[2 + 2 * at])
             yield row
 
-    def _batches(self, selected: str) -> Iterator[tuple]:
-        if self.connection.in_transaction or self._immutable or self._copy or self._order != "rowid":
-            yield from self._rows(f"SELECT {selected} FROM jobs ORDER BY {self._order}")
+    def _in_order(self, selected: str) -> Iterator[tuple]:
+        """Yield (rowid, *selected) of each job in order; rows are fetched a few at a time, since without WAL an open
+        read keeps the writer waiting.
+        """
+        made = next((name for name in ("created_at", "completed_at") if name in self.columns), "NULL")
+        brief = f"substr({made}, 1, 40), substr(id, 1, 200)"
+        if not self._keyed:
+            yield from self._rows(f"SELECT NULL, {selected} FROM jobs ORDER BY {brief}, id")
             return
-        last = None
-        while True:  # without WAL an open read keeps the writer waiting: read a little at a time
-            where = "" if last is None else f"WHERE rowid > {int(last)}"
-            rows = list(self._rows(f"SELECT {selected} FROM jobs {where} ORDER BY rowid LIMIT {_BATCH}"))
-            yield from rows
-            if len(rows) < _BATCH:
-                return
-            last = rows[-1][0]
+        order = [
+            (sortable_time(shown(time_of)), shown(job), rowid)
+            for rowid, time_of, job in self._rows(f"SELECT rowid, {brief} FROM jobs")
+        ]
+        order.sort()
+        for start in range(0, len(order), _BATCH):
+            keys = [int(rowid) for _, _, rowid in order[start : start + _BATCH]]
+            where = f"rowid IN ({', '.join(map(str, keys))})"
+            rows = {row[0]: row for row in self._rows(f"SELECT rowid, {selected} FROM jobs WHERE {where}")}
+            yield from (rows[key] for key in keys if key in rows)  # a job that was deleted meanwhile is gone
 
     def _rows(self, query: str) -> Iterator[tuple]:
         try:
             yield from self.connection.execute(query)
-        except sqlite3.ProgrammingError:
-            raise  # a mistake of this program, not of the database
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, OverflowError, MemoryError) as error:
             raise UserError(f"{self.path}: cannot be read to its end ({error}); copy or repair the database") from error
         if self._immutable and _state(self.path) != self._before:
             raise UserError(f"{self.path}: the service began to write to it during the reading; run the command again")
@@ -214,8 +254,8 @@ def open_database(path: str | os.PathLike) -> Database:
     """Open a database for reading only; UserError for what is missing, no SQLite, or no Mondrian database."""
     try:
         return Database(Path(path))
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy or repair the database") from error
 
 
 def _state(path: Path) -> tuple | None:

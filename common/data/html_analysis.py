@@ -12,11 +12,16 @@ from dataclasses import dataclass, field
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-from common.analysis import KEYS, AnalysisError, canonical_name, number
+from common.analysis import KEYS, AnalysisError, number
+from integration.lora_patch.specification import canonical_name
 
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _BLOCKS = {"p", "div", "li", "ul", "ol", "br", "tr", "td", "section", *HEADINGS}
-_SCORE = re.compile(r"\(?\s*(?:score|grade|rating)?\s*:?\s*(-?\d+(?:\.\d+)?)\s*(?:/|out of)\s*10\s*\)?", re.I)
+# digits are counted, and begin where no digit stands before them, so that a text of digits is read in linear time
+_NUMBER = r"(?<![\d.])(-?\d{1,6}(?:\.\d{1,15})?)(?!\d)"
+_SCORE = re.compile(rf"\(?\s?(?:score|grade|rating)?\s?:?\s?{_NUMBER}\s?(?:/|out of)\s?10(?!\d)\s?\)?", re.I)
+_MAX_ELEMENTS = 3_000  # tags; a page of nine advisors has 900
+_MAX_TITLE = 100  # characters
 _SILENT = {"script", "style", "-comment", "!--", "template", "title"}
 # what a class declares the text of its element to be; "score" before the others, since it stands inside them
 _DECLARED = (
@@ -62,9 +67,12 @@ def is_html_analysis(text: str) -> bool:
 def html_to_analysis(html: str, advisor: str | None = None) -> tuple[dict, list[str]]:
     """Return (analysis, mends) of a page of feedback cards; of several sections, the one of ``advisor``.
 
-    The last whole answer counts when the page holds an echo of the prompt and an answer. Raises AnalysisError
-    ("wrong_advisor", "prompt_echo", "missing_score", "no_cards").
+    The last whole answer counts when the page holds an echo of the prompt and an answer; of two cards of one
+    dimension, the first. Raises AnalysisError ("wrong_advisor", "prompt_echo", "missing_score", "no_cards",
+    "no_scores", "wrong_dimensions", "too_large").
     """
+    if html.count("<") > _MAX_ELEMENTS:  # some nestings of elements take a parser quadratic time
+        raise AnalysisError("too_large", f"HTML of {html.count('<'):,} elements")
     pages = [page for page in _read(html, advisor) if page.cards]
     if not pages:
         raise AnalysisError("no_cards", "HTML without a feedback card")
@@ -73,13 +81,19 @@ def html_to_analysis(html: str, advisor: str | None = None) -> tuple[dict, list[
         raise AnalysisError("prompt_echo", "the prompt's own HTML example, placeholders and all")
     page = answers[-1]
     mends: list[str] = []
-    dimensions = [item for card in page.cards if (item := _dimension(card, page, mends))]
+    dimensions: dict[str, dict] = {}
+    for card in page.cards:
+        item = _dimension(card, page, mends)
+        if item and dimensions.setdefault(item["name"], item) is not item:
+            mends.append("doubled_cards")
+    if not dimensions:
+        raise AnalysisError("no_scores", "feedback cards without a scored dimension")
     if page.outside:
         mends.append("text_outside_cards")
-    analysis = {"dimensions": dimensions}
+    analysis: dict[str, object] = {"dimensions": list(dimensions.values())}
     for key, parts in page.sections.items():
         if key == "overall_score":
-            match = _SCORE.search(_joined(parts)) or re.search(r"(-?\d+(?:\.\d+)?)", _joined(parts))
+            match = _SCORE.search(_joined(parts)) or re.search(_NUMBER, _joined(parts))
             overall = number(match[1]) if match else None
             if overall is not None:
                 analysis[key] = overall
@@ -209,7 +223,7 @@ def _dimension(card: _Card, page: _Page, mends: list[str]) -> dict | None:
         match = _SCORE.search(comment)
         if match and match.start() <= 60:
             title, comment = comment[: match.end()], comment[match.end() :].lstrip(" :-\u2013\u2014")
-    match = _SCORE.search(scored) or (re.search(r"(-?\d+(?:\.\d+)?)", scored) if scored else None)
+    match = _SCORE.search(scored) or re.search(_NUMBER, scored)
     if match is None:
         match = _SCORE.search(title)
         title = title[: match.start()] + title[match.end() :] if match else title
@@ -221,6 +235,8 @@ def _dimension(card: _Card, page: _Page, mends: list[str]) -> dict | None:
     if _section_of(name) == "overall_score":
         page.sections.setdefault("overall_score", [match[1]])
         return None
+    if not 0 < len(name) <= _MAX_TITLE:
+        raise AnalysisError("wrong_dimensions", f"a card of the title {name[:40]!r}")
     proper = canonical_name(name)
     if proper != name:
         mends.append("dimension_names")

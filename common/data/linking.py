@@ -1,27 +1,29 @@
 """One job's way into the manifest, or the reasons why it stays out.
 
-linker = Linker(advisor, statuses, modes, ...)
+linker = Linker(Wanted("ansel", ("done",), ("base",)), photos, analyses)
+survey = linker.survey(databases)
 for outcome in linker.outcomes(databases): ...
 """
 
 import base64
 import functools
 import itertools
+import json
 import os
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common.analysis import DIMENSIONS7, AnalysisError
+from common.analysis import AnalysisError
 from common.data.database import Database, open_database, shown
-from common.data.photos import Locator, Photo, Place, worker_pool
+from common.data.photos import MIN_SIDE, Locator, Photo, Place, describe, worker_pool
 from common.data.sources import REASONS as ANALYSIS_REASONS
-from common.data.sources import AnalysisFiles, Asked, Found, example_of, find_analysis
-from integration.lora_patch.prompts import prompt_dimensions, prompt_example_scores, read_prompts
+from common.data.sources import AnalysisFiles, Asked, Found, asked_by, find_analysis
+from integration.lora_patch.prompts import UnreadablePrompt, read_prompts, read_specification
 
 NOT_ASKED_FOR = {
     "other_advisor": "of another advisor",
@@ -35,6 +37,7 @@ IMAGE_REASONS = {
     "image_ambiguous": "several different files have its name",
     "image_unreadable": "its file is no photograph, or a damaged one",
     "image_bomb": "too large to decode safely",
+    "image_tiny": f"less than {MIN_SIDE} pixels wide or high: a placeholder",
     "no_filename": "names no photograph",
     "bad_filename": "its file name is not one",
 }
@@ -58,101 +61,137 @@ class Outcome:
     reasons: list[tuple[str, str]] = field(default_factory=list)
 
 
-class Linker:
-    """Links the jobs of one advisor (or of "all") to their analyses and photographs."""
+@dataclass(frozen=True)
+class Wanted:
+    """Which jobs are linked: of an advisor ("all" for any), of these statuses and modes; and what --dimensions says."""
 
-    def __init__(
-        self,
-        advisor: str,
-        statuses: tuple[str, ...],
-        modes: tuple[str, ...],
-        photos: Locator,
-        analyses: Locator | None,
-    ):
-        self.advisor = advisor.strip().lower()
-        self.statuses = {status.strip().lower() for status in statuses}
-        self.modes = {mode.strip().lower() for mode in modes}
-        self.locator, self.files = photos, AnalysisFiles(analyses)
-        self.photos: dict[str, Photo] = {}
-        self.seen: Counter = Counter()
+    advisor: str
+    statuses: tuple[str, ...]
+    modes: tuple[str, ...]
+    dimensions: str | None = None
 
-    # -- what was asked for
+    def advisor_of(self, job: dict) -> str | None:
+        """Return the advisor for whom a job is read, None when it is not asked for."""
+        return _read_for(self.advisor.strip().lower(), plain(job["advisor"]))
 
-    def not_asked_for(self, job: dict) -> tuple[str, str] | None:
-        """Return why a job is no candidate at all."""
-        if self._advisor_of(job) is None:
+    def refusal(self, job: dict) -> tuple[str, str] | None:
+        """Return (reason, detail) why a job is no candidate at all, None for a candidate."""
+        if self.advisor_of(job) is None:
             return "other_advisor", shown(job["advisor"])[:40]
-        status = plain(job["status"]).lower()
-        if status not in self.statuses:
+        if plain(job["status"]).lower() not in _lowered(self.statuses):
             return "status", shown(job["status"])[:40]
-        mode, adapter = plain(job["mode"]).lower(), made_by_adapter(job)
-        if "all" in self.modes:
+        modes = _lowered(self.modes)
+        if "all" in modes:
             return None
-        wants_adapters = any(_ADAPTER.search(name) for name in self.modes)
-        named = self.modes - {"base"}
-        if adapter and not wants_adapters:
+        mode, adapter = plain(job["mode"]).lower(), made_by_adapter(job)
+        if adapter and not any(_ADAPTER.search(name) for name in modes):
             return "mode", f"{adapter[:40]} (an adapter's own output)"
-        if named and "base" not in self.modes and job["has_mode"] and (mode or "baseline") not in named:
+        if "base" not in modes and job["has_mode"] and (mode or "baseline") not in modes:
             return "mode", mode or "(none)"
         return None
 
-    def is_wanted(self, advisor: str) -> bool:
-        """Tell whether jobs of this advisor (a value of the column) are asked for."""
-        return self._advisor_of({"advisor": advisor}) is not None
 
-    def _advisor_of(self, job: dict) -> str | None:
-        return _read_for(self.advisor, plain(job["advisor"]))
+def _lowered(names: tuple[str, ...]) -> set[str]:
+    return {name.strip().lower() for name in names}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a first pass over the databases found: jobs, photographs to look at, analysis files that jobs claim."""
+
+    jobs: int
+    photos: set[str]
+    claimed: set[str]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What worker processes need to read analyses."""
+
+    files: AnalysisFiles
+    system_prompt: str
+    dimensions: str | None
+
+    def asked(self, prompt: str) -> Asked:
+        return asked_by(tuple(text for text in (self.system_prompt, prompt) if text), self.dimensions)
+
+    def read(self, tasks: list["Task"]) -> list["Found | AnalysisError | tuple[str, str]"]:
+        """Return for each task what was found, or why nothing was."""
+        return [task.refusal or self._found(task) for task in tasks]
+
+    def _found(self, task: "Task") -> Found | AnalysisError:
+        try:
+            return find_analysis(task.texts, task.advisor, self.files, self.asked(task.texts["prompt"]))
+        except AnalysisError as error:
+            return error
+        except Exception as error:  # one row never ends a run, whatever it does to the reader
+            return AnalysisError("unread", f"{type(error).__name__}: {str(error)[:80]}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job for a `Reader`: why it is no candidate, or for whom it is read and the texts that may hold the analysis."""
+
+    refusal: tuple[str, str] | None
+    advisor: str | None
+    texts: dict
+
+
+class Linker:
+    """Links the jobs that are wanted to their analyses and photographs."""
+
+    def __init__(self, wanted: Wanted, photos: Locator, analyses: Locator | None):
+        self.wanted, self.locator, self.files = wanted, photos, AnalysisFiles(analyses)
+        self.photos: dict[str, Photo] = {}  # by path; what is not in it is looked at when it is needed
+        read_specification("", wanted.dimensions) if wanted.dimensions else None  # refuse what is no list of names
 
     # -- the two passes
 
-    def survey(self, databases: list[Path]) -> tuple[int, set[str], set[str]]:
-        """Return (number of jobs, photographs to look at, analysis files that jobs claim)."""
+    def survey(self, databases: list[Path]) -> Survey:
+        """Count the jobs of all databases, and look which photographs and files they name."""
         jobs, paths, claimed = 0, set(), set()
         for path in databases:
             with open_database(path) as database:
-                for job in tqdm(
-                    database.jobs(_COLUMNS), total=database.count(), desc="jobs", leave=False, disable=None
-                ):
+                for job in _progress(database, _COLUMNS, "jobs"):
                     jobs += 1
-                    job["has_mode"] = "mode" in database.columns
-                    named = self.files.named(plain(job["advisor"]), plain(job["id"]))
-                    if named:
-                        claimed.add(named)
-                    if self.not_asked_for(job) is None:
+                    claimed.add(self.files.named(plain(job["advisor"]), plain(job["id"])))
+                    if self.wanted.refusal(job) is None:
                         paths.update(self.locator.find(plain(job["filename"])).candidates)
-        return jobs, paths, claimed
+        return Survey(jobs, paths, claimed - {None})
 
     def outcomes(self, databases: list[Path], workers: int | None = None) -> Iterator[Outcome]:
         """Yield what became of every job, newest database first, jobs in the order they were made."""
-        self.seen.clear()
+        seen: set[str] = set()
         for path in databases:
             with open_database(path) as database:
-                system_prompt = _system_prompt(database)
-                bar = tqdm(
-                    database.jobs((*_COLUMNS, *_TEXTS)),
-                    total=database.count(),
-                    desc=path.name,
-                    leave=False,
-                    disable=None,
-                )
-                many = database.count() > _MANY
-                candidates = self._candidates(bar, "mode" in database.columns)
-                for job, found in _found(candidates, self.files, system_prompt, many, workers):
-                    yield self._outcome(job, found, database, system_prompt)
+                reader = self.reader(database)
+                jobs = _progress(database, (*_COLUMNS, *_TEXTS), path.name)
+                workers = workers or os.cpu_count() or 1
+                pooled = workers if database.count() > _MANY else 1
+                for job, found in _read_all(self._tasks(jobs, seen), reader, pooled):
+                    yield self.outcome(job, found, database, reader.system_prompt)
 
-    def _candidates(self, jobs: Iterable[dict], has_mode: bool) -> Iterator[tuple]:
-        """Yield (job, why it is no candidate or None, the advisor it is read for)."""
+    def reader(self, database: Database) -> Reader:
+        """Return the reader of a database's jobs, which knows its system prompt."""
+        return Reader(self.files, read_prompts(database.connection, "").system_prompt or "", self.wanted.dimensions)
+
+    def _tasks(self, jobs: Iterable[dict], seen: set[str]) -> Iterator[tuple[dict, Task]]:
         for job in jobs:
-            job["has_mode"] = has_mode
-            job["job_id"] = plain(job["id"]) or f"rowid:{plain(job['rowid'])}"
-            refusal = self.not_asked_for(job)
-            if refusal is None:
-                self.seen[job["job_id"]] += 1
-                if self.seen[job["job_id"]] > 1:
-                    refusal = "duplicate_job", "a job of this id was read before"
-            yield job, refusal, self._advisor_of(job)
+            task = self.task(job)
+            if task.refusal is None and job["job_id"] in seen:
+                task = Task(("duplicate_job", "a job of this id was read before"), None, {})
+            elif task.refusal is None:
+                seen.add(job["job_id"])
+            yield job, task
 
-    def _outcome(self, job: dict, found, database: Database, system_prompt: str) -> Outcome:
+    def task(self, job: dict) -> Task:
+        """Return what a `Reader` needs of a job."""
+        texts = {c: str(job[c]) if isinstance(job[c], int | float) else job[c] for c in _TEXTS[:3]}
+        texts |= {"id": job["job_id"], "prompt": prompt_of(job)}
+        return Task(self.wanted.refusal(job), self.wanted.advisor_of(job), texts)
+
+    def outcome(self, job: dict, found, database: Database, system_prompt: str) -> Outcome:
+        """Return what becomes of a job, given what a `Reader` found."""
         outcome = Outcome(shown(job["job_id"]), shown(job["advisor"]), str(database.path))
         if isinstance(found, tuple):
             outcome.reasons.append(found)
@@ -161,7 +200,7 @@ class Linker:
             outcome.reasons.append((found.reason, found.detail))
         path, photo = self._photo(self._place(job["filename"]), outcome)
         if not outcome.reasons:
-            outcome.advisor = self._advisor_of(job)
+            outcome.advisor = self.wanted.advisor_of(job)
             outcome.row = self._row(job, found, path, photo, database, system_prompt)
         return outcome
 
@@ -174,7 +213,7 @@ class Linker:
         if place.problem:
             outcome.reasons.append((place.problem, place.detail))
             return None, None
-        photos = [(path, self.photos[path]) for path in place.candidates]
+        photos = [(path, self.photos.get(path) or describe(path)) for path in place.candidates]
         good = [(path, photo) for path, photo in photos if photo.problem is None]
         if not good:
             outcome.reasons.append((photos[0][1].problem, f"{photos[0][0]}: {photos[0][1].detail}"))
@@ -188,7 +227,7 @@ class Linker:
         scores, overall = _example_scores(prompt_of(job) or system_prompt)
         return {
             "job_id": job["job_id"],
-            "advisor": self._advisor_of(job),
+            "advisor": self.wanted.advisor_of(job),
             "image_path": path,
             "image_exists": True,
             "image_size": photo.size,
@@ -237,8 +276,11 @@ def prompt_of(job: dict) -> str:
     """Return the prompt that a job was made with; "" when its database does not tell."""
     prompt = plain(job["prompt"]) or plain(job["llm_prompt"])
     if not prompt and isinstance(job["llm_outputs"], str):
-        match = re.match(r'\s*\{\s*"prompt"\s*:\s*"((?:[^"\\]|\\.){0,40000})"', job["llm_outputs"])
-        prompt = match[1].replace('\\"', '"').replace("\\n", "\n") if match else ""
+        match = re.match(r'\s*\{\s*"prompt"\s*:\s*("(?:[^"\\]|\\.){0,40000}+")', job["llm_outputs"])
+        try:
+            prompt = str(json.loads(match[1], strict=False)) if match else ""
+        except ValueError:
+            prompt = ""
     return prompt
 
 
@@ -250,84 +292,62 @@ def made_by_adapter(job: dict) -> str:
     return next((f"{c} {plain(job[c])}" for c in ("mode", "model") if _ADAPTER.search(plain(job[c]))), "")
 
 
-def _system_prompt(database: Database) -> str:
-    return read_prompts(database.connection, "").system_prompt or ""
-
-
 @functools.lru_cache(20_000)
 def _fingerprint(photo: Photo) -> dict:
     return {"image_phash": photo.phash, "image_thumb": base64.b64encode(photo.thumb).decode()}
 
 
 @functools.lru_cache(512)
-def _example_scores(prompt: str) -> tuple[tuple[int, ...], float | None]:
-    scores, overall = prompt_example_scores(prompt)
-    return tuple(scores), overall
+def _example_scores(prompt: str) -> tuple[tuple[float, ...], float | None]:
+    try:
+        specification = read_specification(prompt)
+    except UnreadablePrompt:
+        specification = read_specification(prompt, "8")  # the scores of its example can be read all the same
+    return specification.example_scores, specification.example_overall
 
 
-@functools.lru_cache(512)
-def _asked(prompt: str, system_prompt: str) -> Asked:
-    """Return what an answer to these prompts may look like: all dimensions of any one of them, or the seven."""
-    sets, examples = [DIMENSIONS7], set()
-    for text in (system_prompt, prompt):
-        names = tuple(prompt_dimensions(text))
-        if len(names) >= 3:
-            sets.append(names)
-        if example := example_of(text):
-            examples.add(example)
-    return Asked(tuple(dict.fromkeys(sets)), frozenset(examples))
+def jobs_of(database: Database) -> Iterator[dict]:
+    """Yield every job with all that linking reads of it."""
+    return _progress(database, (*_COLUMNS, *_TEXTS), "jobs")
 
 
-def _found(candidates, files: AnalysisFiles, system_prompt: str, many: bool, workers: int | None) -> Iterator[tuple]:
-    """Yield (job, Found, AnalysisError or refusal) in order; on all cores when there are many jobs."""
-    chunks = iter(lambda: list(itertools.islice(candidates, _CHUNK)), [])
-    workers = workers or os.cpu_count() or 1
-    if not many or workers < 2:
+def _progress(database: Database, columns: tuple[str, ...], label: str) -> Iterator[dict]:
+    """Yield the jobs of a database with "has_mode" and "job_id", under a progress bar."""
+    has_mode, total = "mode" in database.columns, database.count()
+    for job in tqdm(database.jobs(columns), total=total, desc=label, leave=False, disable=None):
+        job["has_mode"] = has_mode
+        job["job_id"] = plain(job["id"]) or f"rowid:{plain(job['rowid'])}"
+        yield job
+
+
+def _read_all(jobs: Iterator[tuple[dict, Task]], reader: Reader, workers: int) -> Iterator[tuple]:
+    """Yield (job, Found, AnalysisError or refusal) in order, read by ``workers`` processes."""
+    chunks = iter(lambda: list(itertools.islice(jobs, _CHUNK)), [])
+    if workers < 2:
         for chunk in chunks:
-            yield from zip((c[0] for c in chunk), _read_chunk(_tasks(chunk), files, system_prompt), strict=True)
+            yield from zip((job for job, _ in chunk), reader.read([task for _, task in chunk]), strict=True)
         return
-    with worker_pool(workers, _start_worker, files, system_prompt) as pool:
+    with worker_pool(workers, _start_worker, reader) as pool:
         waiting: deque = deque()  # never more than a few chunks in memory
         for chunk in chunks:
-            waiting.append(([c[0] for c in chunk], pool.submit(_work, _tasks(chunk))))
-            for job, _, _ in chunk:  # the texts are with the worker now, but for what the row needs
-                job["prompt"] = prompt_of(job)
+            waiting.append(([job for job, _ in chunk], pool.submit(_work, [task for _, task in chunk])))
+            for job, task in chunk:  # the texts are with the worker now, but for what the row needs
+                job["prompt"] = task.texts.get("prompt")
                 job["analysis_markdown"] = job["llm_outputs"] = job["llm_prompt"] = None
             if len(waiting) > 2 * workers:
-                jobs, future = waiting.popleft()
-                yield from zip(jobs, future.result(), strict=True)
-        for jobs, future in waiting:
-            yield from zip(jobs, future.result(), strict=True)
+                done, future = waiting.popleft()
+                yield from zip(done, future.result(), strict=True)
+        for done, future in waiting:
+            yield from zip(done, future.result(), strict=True)
 
 
-def _tasks(chunk: list) -> list[tuple]:
-    tasks = []
-    for job, refusal, advisor in chunk:
-        texts = {c: str(job[c]) if isinstance(job[c], int | float) else job[c] for c in _TEXTS[:3]}
-        texts |= {"id": job["job_id"], "prompt": prompt_of(job)}
-        tasks.append((refusal, advisor, texts if refusal is None else None))
-    return tasks
+_reader: Reader | None = None  # of a worker process
 
 
-def _read_chunk(tasks: list[tuple], files: AnalysisFiles, system_prompt: str) -> list:
-    results: list = []
-    for refusal, advisor, texts in tasks:
-        if refusal is not None:
-            results.append(refusal)
-            continue
-        try:
-            results.append(find_analysis(texts, advisor, files, _asked(texts["prompt"], system_prompt)))
-        except AnalysisError as error:
-            results.append(error)
-    return results
+def _start_worker(reader: Reader) -> None:
+    global _reader
+    _reader = reader
 
 
-_worker: dict = {}
-
-
-def _start_worker(files: AnalysisFiles, system_prompt: str) -> None:
-    _worker.update(files=files, system_prompt=system_prompt)
-
-
-def _work(tasks: list[tuple]) -> list:
-    return _read_chunk(tasks, _worker["files"], _worker["system_prompt"])
+def _work(tasks: list[Task]) -> list:
+    return _reader.read(tasks)

@@ -8,14 +8,17 @@ Nothing outside the folder is ever opened: not by "..", not by an absolute path,
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
 import sqlite3
 import stat
+import threading
 import unicodedata
 import warnings
 from collections import defaultdict
@@ -35,8 +38,9 @@ from integration.lora_patch.photo import PhotoError, load_photo
 MAX_BYTES = 512_000_000  # of a photograph's file
 MAX_PIXELS = 100_000_000  # of a format that cannot be decoded in part; `load_photo` bounds JPEG
 _UUID_PREFIX = re.compile(r"^(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|[0-9a-fA-F]{32})_(?=.)")
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _CHUNK = 8  # photographs that a worker is given at a time
+MIN_SIDE = 16  # pixels; what is smaller is a placeholder, no photograph
 _THUMB_LOAD = 256  # pixels of the long side at which a photograph is decoded for its hash
 
 
@@ -184,7 +188,7 @@ class Photo:
     height: int = 0
     orientation: int = 1  # EXIF
     thumb: bytes = b""
-    problem: str | None = None  # "image_unreadable", "image_bomb"
+    problem: str | None = None  # "image_unreadable", "image_bomb", "image_tiny"
     detail: str = ""
 
     @property
@@ -205,10 +209,12 @@ def describe(path: str) -> Photo:
         return Photo(problem="image_unreadable", detail=f"cannot be read ({error.strerror})")
     known = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_formats()) as image:
             (width, height), orientation, form = image.size, image.getexif().get(0x0112, 1), image.format
         if width * height > MAX_PIXELS and form != "JPEG":
             return Photo(**known, problem="image_bomb", detail=f"{form} of {width} x {height} pixels")
+        if min(width, height) < MIN_SIDE:
+            return Photo(**known, problem="image_tiny", detail=f"{width} x {height} pixels")
         picture = load_photo(io.BytesIO(data), _THUMB_LOAD)
     except (OSError, ValueError, SyntaxError, MemoryError, OverflowError, Image.DecompressionBombError) as error:
         is_bomb = isinstance(error, Image.DecompressionBombError) or "bomb" in str(error)
@@ -220,6 +226,15 @@ def describe(path: str) -> Photo:
     if orientation >= 5:
         width, height = height, width
     return Photo(**known, width=width, height=height, orientation=orientation, thumb=thumb_of(picture))
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return what cameras and browsers write; Pillow would start Ghostscript for a .jpg that holds PostScript."""
+    Image.init()
+    return tuple(
+        name for name in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000") if name in Image.OPEN
+    )
 
 
 def _nature(data: bytes) -> str:
@@ -363,5 +378,12 @@ def worker_pool(workers: int, initializer: Callable | None = None, *arguments) -
 
 def _start_worker(initializer: Callable | None, arguments: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the main process, which ends the pool
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if initializer:
         initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is gone, however it ended."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

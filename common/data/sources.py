@@ -6,6 +6,7 @@ Places are tried in the order of `SOURCES`; the first that holds a usable analys
 reason is that of the place that came nearest to one.
 """
 
+import functools
 import html
 import json
 import re
@@ -13,9 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.analysis import DIMENSIONS7, AnalysisError, canonical, looks_like_analysis
+from common.analysis import AnalysisError, canonical, looks_like_analysis
 from common.data.html_analysis import html_to_analysis, is_html_analysis
-from integration.lora_patch.json_text import balanced_end, find_objects, parse_json, strings_in
+from integration.lora_patch.json_text import balanced_end, find_objects, is_too_deep, parse_json, strings_in
+from integration.lora_patch.prompts import UnreadablePrompt, read_specification
+from integration.lora_patch.specification import DIMENSIONS7
 
 SOURCES = ("analysis_file", "stored_path", "analysis_markdown", "llm_outputs")
 MAX_TEXT = 256_000  # characters; the longest real answer, a model that ran away, has 12,000
@@ -25,6 +28,7 @@ MAX_TEXT = 256_000  # characters; the longest real answer, a model that ran away
 REASONS = {
     "score_out_of_range": "a score is not from 0 to 10",
     "wrong_dimensions": "dimensions that its prompt asks for are lacking, or named otherwise",
+    "unknown_dimensions": "no prompt of it tells which dimensions it asks for; name them with --dimensions",
     "missing_score": "a dimension has no score",
     "truncated_json": "JSON cut off before its end",
     "misspelt_json": "JSON with misspelt or missing keys",
@@ -40,20 +44,24 @@ REASONS = {
     "no_object": "a text without an analysis in it",
     "missing_analysis_file": "the stored path of the analysis leads to no file here",
     "no_analysis": "nothing was stored",
+    "unread": "the reader failed on it, which is a fault of this program; please report the job",
 }
 _RANK = {reason: rank for rank, reason in enumerate(REASONS)}
 
 _ERROR = re.compile(
     r"\b(?:error\s*:|an error occurred|internal server error|bad gateway|service unavailable|gateway time-?out|"
     r"cannot connect|could not connect|connection (?:refused|reset|error|timed out)|traceback \(most recent|"
-    r"(?:request|model|analysis|generation) (?:failed|timed out)|failed to (?:analy[sz]e|generate|process|connect)|"
+    r"(?:request|model|analysis|generation) (?:failed|timed out)|"
+    r"failed to (?:analy[sz]e|generate|process|parse|connect|load)|"
     r"out of memory|exception\s*:|404 not found|50[0234]\b)",
     re.I,
 )
-_THOUGHT = re.compile(r"<(thought|think|thinking|reasoning|scratchpad)\b[^>]*>", re.I)
-_FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\r?\n?(.*?)(?:\n?```|\Z)", re.S)
+_THOUGHT = re.compile(r"<(thought|think|thinking|reasoning|scratchpad)\b[^<>]*>", re.I)
+_THOUGHT_ENDS = {
+    name: re.compile(rf"</{name}\s*+>", re.I) for name in ("thought", "think", "thinking", "reasoning", "scratchpad")
+}
 _HEADING = re.compile(r"^#{1,6}[ \t]+\S.*$", re.M)
-_TURN = re.compile(r"(?:^|\n)(?:<\|im_start\|>)?assistant[ \t]*:?[ \t]*\n", re.I)
+_TURN = re.compile(r"(?:^|\n)(?:<\|im_start\|>)?assistant[ \t]*+:?[ \t]*+\n", re.I)
 _PATH = re.compile(r"[^<>{}\0]{1,1000}\.(?:md|markdown|json|html?|txt)", re.I)
 _ANSWERS = ("response", "output", "content", "text", "html", "analysis")  # keys of llm_outputs under which it stands
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -73,10 +81,33 @@ class Found:
 
 @dataclass(frozen=True)
 class Asked:
-    """What analyses are held against: accepted sets of dimensions, and texts that are prompts, not answers."""
+    """What an analysis is held against: the dimensions that its prompts ask for, and the prompts' own examples."""
 
-    dimensions: tuple[tuple[str, ...], ...] = (DIMENSIONS7,)
+    dimensions: tuple[tuple[str, ...], ...] = (DIMENSIONS7,)  # standard names; all of any one set are needed
+    extra_keys: frozenset[str] = frozenset()  # asked for beyond the canonical keys
     examples: frozenset[tuple] = frozenset()  # `example_of` the prompts
+    unreadable: str = ""  # why no prompt tells its dimensions
+
+
+@functools.lru_cache(512)
+def asked_by(prompts: tuple[str, ...], dimensions: str | None) -> Asked:
+    """Return what an answer to any of these prompts may look like; "" is a prompt that is not known.
+
+    The usual seven dimensions are accepted under every prompt, unless ``dimensions`` (of --dimensions) are given.
+    """
+    sets, extra, examples, unreadable = [], frozenset(), set(), ""
+    for text in prompts or ("",):
+        try:
+            specification = read_specification(text, dimensions)
+            sets.append(specification.names)
+            extra |= specification.extra_keys
+        except UnreadablePrompt as error:
+            unreadable = str(error) if text else "no prompt is stored; name its dimensions: --dimensions NAME,NAME,..."
+        if example := example_of(text):
+            examples.add(example)
+    known = "" if sets else unreadable
+    sets += [] if dimensions else [DIMENSIONS7]
+    return Asked(tuple(dict.fromkeys(sets)), extra, frozenset(examples), known)
 
 
 def find_analysis(job: dict, advisor: str, files: "AnalysisFiles", asked: Asked) -> Found:
@@ -86,6 +117,18 @@ def find_analysis(job: dict, advisor: str, files: "AnalysisFiles", asked: Asked)
     AnalysisError that says why it could not be read). Raises AnalysisError when no place does.
     """
     worst = AnalysisError("no_analysis", "analysis_markdown and llm_outputs are empty, and no file has its name")
+    for _, result in readings(job, advisor, files, asked):
+        if isinstance(result, Found):
+            return result
+        if _RANK[result.reason] < _RANK[worst.reason]:
+            worst = result
+    raise worst
+
+
+def readings(
+    job: dict, advisor: str, files: "AnalysisFiles", asked: Asked
+) -> Iterator[tuple[str, "Found | AnalysisError"]]:
+    """Yield (raw text, what was read from it or why nothing) of each place that holds something, as `SOURCES`."""
     prompt = job.get("prompt")
     for source, text, path in _places(job, advisor, files):
         try:
@@ -95,11 +138,12 @@ def find_analysis(job: dict, advisor: str, files: "AnalysisFiles", asked: Asked)
                 continue
             analysis, mends, form = read_answer(text, advisor, prompt if isinstance(prompt, str) else "", asked)
             check(analysis, asked)
-            return Found(analysis, mends, source, form, path)
+            yield text, Found(analysis, mends, source, form, path)
         except AnalysisError as error:
-            if _RANK[error.reason] < _RANK[worst.reason]:
-                worst = AnalysisError(error.reason, f"{source}: {error.detail}")
-    raise worst
+            yield text if isinstance(text, str) else "", AnalysisError(error.reason, f"{source}: {error.detail}")
+        except Exception as error:  # whatever one row does to a reader, it is that row's reason
+            what = f"{source}: {type(error).__name__}: {str(error)[:80]}"
+            yield text if isinstance(text, str) else "", AnalysisError("unread", what)
 
 
 def check(analysis: dict, asked: Asked) -> None:
@@ -109,16 +153,17 @@ def check(analysis: dict, asked: Asked) -> None:
         twice = next(name for name in names if names.count(name) > 1)
         raise AnalysisError("wrong_dimensions", f"{twice[:40]} stands there twice")
     if not any(set(dimensions) <= set(names) for dimensions in asked.dimensions):
+        if asked.unreadable:
+            raise AnalysisError("unknown_dimensions", f"answers {', '.join(names)[:400]}: {asked.unreadable}")
         lacking = min(([name for name in wanted if name not in names] for wanted in asked.dimensions), key=len)
         raise AnalysisError("wrong_dimensions", f"{len(names)} dimensions, without {', '.join(lacking)}"[:160])
     for dimension in analysis["dimensions"]:
         if not 0 <= dimension["score"] <= 10:
-            raise AnalysisError("score_out_of_range", f"{dimension['name'][:40]} has {dimension['score']}")
+            raise AnalysisError("score_out_of_range", f"{dimension['name'][:40]} has {dimension['score']}"[:100])
     if not 0 <= analysis.get("overall_score", 0) <= 10:
-        raise AnalysisError("score_out_of_range", f"the overall score is {analysis['overall_score']}")
-    for text in strings_in(analysis):
-        if not text.isprintable() and _SURROGATE.search(text):
-            raise AnalysisError("not_text", "holds characters that are no Unicode text")
+        raise AnalysisError("score_out_of_range", f"the overall score is {analysis['overall_score']}"[:100])
+    if any(not text.isprintable() and _SURROGATE.search(text) for text in strings_in(analysis)):
+        raise AnalysisError("not_text", "holds characters that are no Unicode text")
 
 
 # ------------------------------------------------------------------------------------------------ places
@@ -175,7 +220,7 @@ def _outputs(text: str, advisor: str) -> Iterator[str | AnalysisError]:
         value = next((answer for answer in answers if answer), None) if answers or "prompt" in value else value
     if isinstance(value, str):
         yield value if value.strip() != "{}" else ""
-    elif value:
+    elif value and not is_too_deep(value):
         yield json.dumps(value, ensure_ascii=False)
 
 
@@ -257,7 +302,7 @@ def _read_json(text: str, asked: Asked, echoed: bool, thought: bool) -> tuple[di
     failure: AnalysisError | None = None
     for value, mends, start, end in reversed(candidates):
         try:
-            analysis, more = canonical(value)
+            analysis, more = canonical(value, asked.extra_keys)
         except AnalysisError as error:
             failure = failure or error
             continue
@@ -301,9 +346,9 @@ def _without_prompt(text: str, prompt: str) -> tuple[str, bool]:
     """Return (text after the prompt's echo, whether there was one)."""
     prompt = prompt.strip()
     if 40 <= len(prompt) <= len(text) and prompt[:40] in text:
-        at = text.rfind(prompt)
-        if at >= 0:
-            return text[at + len(prompt) :], True
+        after = text.split(prompt)  # not rfind, which is quadratic where both are long
+        if len(after) > 1:
+            return after[-1], True
     turns = list(_TURN.finditer(text)) if "ssistant" in text else []
     return (text[turns[-1].end() :], True) if turns else (text, False)
 
@@ -317,16 +362,17 @@ def _is_echo(text: str, prompt: str) -> bool:
 def _without_thoughts(text: str) -> tuple[str, bool]:
     """Return (text without reasoning, whether there was any). An unclosed thought reaches to the text's end, but for
     an analysis that stands whole in it."""
-    match = _THOUGHT.search(text)
-    if not match:
-        return text, False
-    closing = re.compile(rf"</{match[1]}\s*>", re.I).search(text, match.end())
-    if closing:
-        rest, _ = _without_thoughts(text[closing.end() :])
-        return text[: match.start()] + rest, True
-    if is_html_analysis(text) or _has_analysis_object(text[match.end() :]):
-        return text[: match.start()] + text[match.end() :], True
-    return text[: match.start()], True
+    parts, at = [], 0
+    while opening := _THOUGHT.search(text, at):
+        parts.append(text[at : opening.start()])
+        at = opening.end()
+        closing = _THOUGHT_ENDS[opening[1].lower()].search(text, at)
+        if closing is None:
+            if not is_html_analysis(text[at:]) and not _has_analysis_object(text[at:]):
+                at = len(text)
+            return "".join([*parts, text[at:]]), True
+        at = closing.end()
+    return ("".join([*parts, text[at:]]), True) if at else (text, False)
 
 
 def _sharper(error: AnalysisError, text: str, thought: bool) -> AnalysisError:
@@ -335,7 +381,7 @@ def _sharper(error: AnalysisError, text: str, thought: bool) -> AnalysisError:
 
 def _diagnosis(text: str, echoed: bool, thought: bool) -> AnalysisError:
     """Say what a text is that holds no analysis object."""
-    plain = " ".join(html.unescape(re.sub(r"<[^>]{0,500}>", " ", text)).split())
+    plain = " ".join(html.unescape(re.sub(r"<[^<>]{0,500}>", " ", text)).split())
     quote = plain[:80]
     objects = [value for value, *_ in find_objects(text)]
     brace = text.find("{")
@@ -365,4 +411,6 @@ def _diagnosis(text: str, echoed: bool, thought: bool) -> AnalysisError:
         return AnalysisError("reasoning_only", quote or "nothing after the reasoning")
     if brace >= 0 and meant:
         return AnalysisError("invalid_json", quote)
+    if re.search(r"<t[rdh]\b|^[ \t]*\|[^|\n]+\|", text, re.I | re.M) and not re.search(r"\d\s?/\s?10\b|\|\s*\d", text):
+        return AnalysisError("no_scores", f"a table without scores: {quote}")
     return AnalysisError("stub" if len(plain) < _STUB else "no_object", quote or "markup without text")
