@@ -1,6 +1,6 @@
 # From a Mondrian tree to an evaluated LoRA adapter. `make help` lists targets and variables.
 
-ADVISOR      ?= ansel#                        the advisor whose voice is learnt
+ADVISOR      ?= ansel#                        the advisor whose analyses the adapter learns from
 MONDRIAN     ?= .#                            folder that holds mondrian.db, source/ and analysis_md/
 DB           ?= $(MONDRIAN)#                  the database, or a folder with the databases of one installation
 BASE_MODEL   ?= Qwen/Qwen3-VL-4B-Instruct#    hub id or folder of the base model
@@ -9,7 +9,8 @@ LINK_ARGS    ?=#                              more options for link_training_dat
 PREPARE_ARGS ?=#                              more options for prepare_training_data.py
 TRAIN_ARGS   ?=#                              more options for train_mlx_lora.py, e.g. "--epochs 5"
 EVAL_ARGS    ?=#                              more options for evaluate_lora.py
-VERSION      ?=#                              version for make promote: v1, v2, ...
+VERSION      ?=#                              for promote and eval: v1, v2, ...; for try: v1,v2
+PHOTO        ?=#                              for try: a photograph, or several separated by spaces
 HOSTS        ?=#                              hostfile of mlx.launch: train on several machines or GPUs
 BACKEND      ?=#                              Linux: cpu, cuda12 or cuda13; empty: as set up before, else cpu
 PYTHON       ?= python3#                      the Python (3.11 or newer) that .venv is made with
@@ -22,28 +23,35 @@ VENV   := .venv
 # a machine that was set up for CUDA stays so without naming it again
 BUILD  := $(or $(BACKEND),$(patsubst $(VENV)/.ready-%,%,$(firstword $(wildcard $(VENV)/.ready-*))),cpu)
 READY  := $(VENV)/.ready-$(BUILD)
-# MLX's CPU wheel brings slow reference BLAS: Debian's libopenblas0-pthread comes before it where it is there, else the
-# OpenBLAS of OpenCV's wheel (common/blas.py); both make float32 products 20 times faster
-BLAS   := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0 /usr/lib64/libopenblasp.so.0))
-RUN    := $(if $(BLAS),LD_PRELOAD=$(BLAS)) $(VENV)/bin/python
+RUN    := $(VENV)/bin/python
 LAUNCH := $(if $(HOSTS),$(VENV)/bin/mlx.launch --hostfile "$(HOSTS)" -- $(CURDIR)/$(VENV)/bin/python,$(RUN))
 
+# each advisor has its own files, so that two may share one WORK
 DATA     := $(WORK)/training_data
 ADAPTER  := $(WORK)/models/qwen3-vl-4b-lora-$(ADVISOR)
-MANIFEST := $(DATA)/training_data_manifest.jsonl
+EVALUATED := $(ADAPTER)$(addprefix -,$(filter-out v1,$(VERSION)))
+# the base that an adapter was trained on is recorded with it; another is taken only where it is named
+OWN_BASE := $(if $(filter-out file default,$(origin BASE_MODEL)),--base_model "$(BASE_MODEL)")
+MANIFEST := $(DATA)/training_data_$(ADVISOR)_manifest.jsonl
 TRAIN    := $(DATA)/training_data_$(ADVISOR)_train.jsonl
 VAL      := $(DATA)/training_data_$(ADVISOR)_val.jsonl
-REPORT   := $(WORK)/evaluation/comparison_report.json
+REPORT   := $(WORK)/evaluation/$(ADVISOR)/comparison_report.json
 VERSIONS := --advisor "$(ADVISOR)" --work "$(WORK)"
 TRAINING := --base_model "$(BASE_MODEL)" --train_data "$(TRAIN)" --val_data "$(VAL)" --output_dir "$(ADAPTER)"
 
+# the variables that were given, checked, and as the scripts repeat them in the next command that they print
+NAMES := ADVISOR MONDRIAN DB BASE_MODEL WORK LINK_ARGS PREPARE_ARGS TRAIN_ARGS EVAL_ARGS VERSION PHOTO HOSTS BACKEND PYTHON
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
+$(foreach v,$(filter-out $(NAMES) MAKE% MFLAGS,$(GIVEN)),$(error unknown variable $v; those that make takes: $(NAMES)))
+quoted = $(if $(findstring $(space),$($1)),"$($1)",$($1))
+export MONDRIAN_MAKE_VARIABLES := $(strip $(foreach v,$(filter $(GIVEN),$(filter-out VERSION PHOTO PYTHON,$(NAMES))),$v=$(call quoted,$v)))
+
 DEMO   := demo
-SAMPLE := $(wildcard tests/sample/*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help setup link prepare train plan eval iterate promote rollback versions demo test test-peft acceptance lint clean FORCE
+.PHONY: help setup link prepare train plan eval try iterate promote rollback versions demo bench test test-pages test-peft acceptance lint clean FORCE
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value ...]"; echo; echo "Targets"
@@ -62,9 +70,17 @@ train: $(call escape,$(ADAPTER))/.trained ## train the LoRA adapter; does nothin
 plan: $(READY) $(call escape,$(TRAIN)) ## estimate memory, time and adapter size without training
 	$(RUN) train_mlx_lora.py $(TRAINING) $(TRAIN_ARGS) --plan
 
-eval: train ## compare base and tuned model on held-out photographs; fails unless every gate passes
-	$(RUN) evaluate_lora.py --base_model "$(BASE_MODEL)" --lora_path "$(ADAPTER)" --val_data "$(VAL)" \
-	  --output_report "$(REPORT)" $(EVAL_ARGS)
+# judges the adapter that is there, on the data recorded with it; trains only where there is none. Codes 3 and 4 are
+# verdicts of a finished evaluation, which has said so
+eval: $(READY) $(if $(VERSION)$(wildcard $(call escape,$(ADAPTER))/.trained),,train) ## compare base and tuned model on held-out photographs (VERSION=v2 for another version)
+	@$(RUN) evaluate_lora.py --lora_path "$(EVALUATED)" $(OWN_BASE) --output_report "$(REPORT)" $(EVAL_ARGS) || \
+	  { code=$$?; test $$code -eq 3 || test $$code -eq 4 || exit $$code; }
+
+try: $(READY) ## base and tuned answers to PHOTO=me.jpg side by side, and a page with both
+	$(if $(PHOTO),,$(error make try needs a photograph: make try PHOTO=me.jpg))
+	@$(RUN) evaluate_lora.py $(if $(wildcard $(call escape,$(PHOTO))),--photo "$(PHOTO)",$(foreach p,$(PHOTO),--photo "$p")) \
+	  --lora_path "$(WORK)/models" --advisor "$(ADVISOR)" $(OWN_BASE) --output_report "$(REPORT)" \
+	  $(if $(VERSION),--versions "$(VERSION)") $(EVAL_ARGS)
 
 iterate: $(READY) ## train the next version, compare it with the one in use, promote it if every gate passes
 	$(RUN) -m common.release.versions iterate $(VERSIONS) --mondrian "$(MONDRIAN)" --db_path "$(DB)" --base_model "$(BASE_MODEL)" \
@@ -79,31 +95,25 @@ rollback: $(READY) ## put the version before the one in use in use again
 versions: $(READY) ## table of the advisor's versions with their figures
 	$(RUN) -m common.release.versions list $(VERSIONS)
 
-demo: $(READY) $(DEMO)/base/model.safetensors ## the whole pipeline on a sample tree and a tiny Qwen3-VL, in minutes
-	@$(MAKE) --no-print-directory train ADVISOR=ansel MONDRIAN=$(DEMO)/mondrian DB=$(DEMO)/mondrian WORK=$(DEMO) \
-	  BASE_MODEL=$(DEMO)/base LINK_ARGS= PREPARE_ARGS= TRAIN_ARGS="--epochs 6 --learning_rate 3e-3"
-	@rm -f $(DEMO)/evaluation/comparison_report.json
-	@$(RUN) evaluate_lora.py --lora_path $(DEMO)/models/qwen3-vl-4b-lora-ansel \
-	  --output_report $(DEMO)/evaluation/comparison_report.json || true
-	@$(RUN) tests/sample/demo_result.py $(DEMO)/evaluation/comparison_report.json
+demo: $(READY) ## the whole pipeline on a sample tree and a tiny Qwen3-VL, in minutes
+	@$(RUN) tests/sample/demo.py --folder $(DEMO)
 
-$(DEMO)/mondrian/mondrian.db: $(SAMPLE) | $(READY)
-	@$(RUN) tests/sample/make_tree.py --output_dir $(DEMO)/mondrian
-
-# another base, another adapter
-$(DEMO)/base/model.safetensors: $(DEMO)/mondrian/mondrian.db $(SAMPLE) | $(READY)
-	@rm -rf $(DEMO)/models $(DEMO)/evaluation
-	@$(RUN) tests/sample/make_tiny_model.py --output_dir $(DEMO)/base --pretrain_steps 540
+bench: $(READY) ## time and memory of BASE_MODEL on this machine, as a row of README's table
+	@$(RUN) tests/benchmarks/bench_machine.py --base_model "$(BASE_MODEL)"
 
 test: $(READY) ## run the tests
 	$(RUN) -m pytest
 
-test-peft: $(READY) ## hold adapters against PEFT and transformers themselves, in .venv-peft (PyTorch)
+test-pages: $(READY) ## check the pages in Chromium: weight, headings, contrast (installs axe-core by npm)
+	@npm install --silent --no-fund --no-audit --prefix tests/pages
+	$(RUN) -m pytest tests/pages
+
+test-peft: $(READY) ## compare adapters with PEFT and transformers, in their own environment .venv-peft (PyTorch)
 	@test -x $(VENV)-peft/bin/python || $(PYTHON) -m venv $(VENV)-peft
 	$(VENV)-peft/bin/pip install -q --disable-pip-version-check -r tests/peft/requirements.txt
 	$(VENV)-peft/bin/python -m pytest --noconftest tests/peft
 
-acceptance: $(READY) ## hold link and prepare against a real tree (MONDRIAN=...) by independent counts
+acceptance: $(READY) ## check link and prepare on a real tree (MONDRIAN=...) by independent counts
 	MONDRIAN="$(MONDRIAN)" $(RUN) -m pytest tests/acceptance
 
 lint: $(READY) ## check style and formatting with ruff
@@ -122,31 +132,33 @@ $(READY): requirements.txt requirements-dev.txt
 	  $(VENV)/bin/pip uninstall -q -y mlx mlx-cpu mlx-cuda-12 mlx-cuda-13 || true
 	@rm -f $(VENV)/.ready-*
 	@sed 's/mlx\[cpu\]/mlx[$(BUILD)]/' requirements.txt > $(VENV)/requirements.txt
-	$(VENV)/bin/pip install --no-compile --disable-pip-version-check --no-input --progress-bar off \
+	@$(VENV)/bin/pip install -q --no-compile --disable-pip-version-check --no-input --progress-bar off \
 	  -r $(VENV)/requirements.txt -r requirements-dev.txt
-	@$(VENV)/bin/python -m common.blas
+	@$(VENV)/bin/python -m common.model.blas
 # compiles the modules that the scripts import, a tenth of what pip would have
 	@env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/python evaluate_lora.py --help >/dev/null
 	@touch $@
 
 # A phase runs again when its input files or its own settings have changed; .settings files remember the latter.
-$(call escape,$(DATA))/.link-settings: SETTINGS = $(ADVISOR) $(DB) $(MONDRIAN) $(LINK_ARGS)
-$(call escape,$(DATA))/.prepare-settings: SETTINGS = $(ADVISOR) $(BASE_MODEL) $(PREPARE_ARGS)
-$(call escape,$(DATA))/.train-$(ADVISOR)-settings: SETTINGS = $(BASE_MODEL) $(TRAIN_ARGS)
+$(call escape,$(DATA)/.link-$(ADVISOR)-settings): SETTINGS = $(DB) $(MONDRIAN) $(LINK_ARGS)
+$(call escape,$(DATA)/.prepare-$(ADVISOR)-settings): SETTINGS = $(BASE_MODEL) $(PREPARE_ARGS)
+$(call escape,$(DATA)/.train-$(ADVISOR)-settings): SETTINGS = $(BASE_MODEL) $(TRAIN_ARGS)
 $(call escape,$(DATA))/.%-settings: FORCE
 	@mkdir -p "$(DATA)"
 	@printf '%s\n' '$(SETTINGS)' | cmp -s - "$@" || printf '%s\n' '$(SETTINGS)' > "$@"
 
 # the -wal file is where a running service puts its newest jobs
-$(call escape,$(MANIFEST)): $(call escape,$(DATA))/.link-settings $(wildcard $(call escape,$(DB))/*.db $(call escape,$(DB))/*.db-wal $(filter %.db,$(call escape,$(DB)))) | $(READY)
+$(call escape,$(MANIFEST)): $(call escape,$(DATA)/.link-$(ADVISOR)-settings) $(wildcard $(call escape,$(DB))/*.db $(call escape,$(DB))/*.db-wal $(filter %.db,$(call escape,$(DB)))) | $(READY)
 	$(RUN) link_training_data.py --advisor "$(ADVISOR)" --db_path "$(DB)" --source_dir "$(MONDRIAN)/source" \
-	  --analysis_dir "$(MONDRIAN)/analysis_md" --output_dir "$(DATA)" $(LINK_ARGS)
+	  --analysis_dir "$(MONDRIAN)/analysis_md" --output_dir "$(DATA)" \
+	  --output_file "training_data_$(ADVISOR)_manifest.jsonl" $(LINK_ARGS)
 
-$(call escape,$(TRAIN)): $(call escape,$(MANIFEST)) $(call escape,$(DATA))/.prepare-settings
+$(call escape,$(TRAIN)): $(call escape,$(MANIFEST)) $(call escape,$(DATA)/.prepare-$(ADVISOR)-settings)
 	$(RUN) prepare_training_data.py --advisor "$(ADVISOR)" --manifest "$(MANIFEST)" --output_dir "$(DATA)" \
 	  --base_model "$(BASE_MODEL)" $(PREPARE_ARGS)
 
-# the trainer itself refuses to go on with other settings or data, and says which; --overwrite trains anew
-$(call escape,$(ADAPTER))/.trained: $(call escape,$(TRAIN)) $(call escape,$(DATA))/.train-$(ADVISOR)-settings
+# The trainer refuses to continue with other settings or data, and says which; --overwrite trains anew. It writes the
+# target itself when it has finished: mlx.launch ends with 0 even when a process was killed.
+$(call escape,$(ADAPTER))/.trained: $(call escape,$(TRAIN)) $(call escape,$(DATA)/.train-$(ADVISOR)-settings)
 	$(LAUNCH) train_mlx_lora.py $(TRAINING) --resume $(TRAIN_ARGS)
-	@touch "$@"
+	@test -f "$@" || { echo "Training did not finish; the same make command continues it."; exit 1; }

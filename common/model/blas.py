@@ -1,6 +1,6 @@
 """Give MLX's CPU build a fast BLAS: OpenCV's wheel, which mlx-vlm requires, carries an OpenBLAS.
 
-    .venv/bin/python -m common.blas
+    .venv/bin/python -m common.model.blas
 
 Writes openblas.pth into the virtual environment's site-packages (`make setup` runs it; macOS and CUDA need it not).
 MLX's CPU wheel for Linux is linked to the reference BLAS, some 20 times slower in float32. A library that is loaded
