@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
 from integration.lora_patch.photo import load_photo
 from tests.sample import scenes
-from tests.sample.demo_result import main as demo_result
+from tests.sample.demo import FIGURES, Demo, new_scene
 from tests.sample.make_tree import make_tree, sample_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,28 +108,25 @@ def test_training_lowers_the_loss_on_held_out_photographs(worked):
     assert tuned < base - 0.5
 
 
-def test_the_result_says_where_the_report_is_and_fails_for_an_unexpected_gate(worked):
+def test_the_demo_tells_the_figures_and_what_was_said_of_the_new_photograph(worked, capsys):
     folder, _ = worked
-    path = folder / "evaluation/comparison_report.json"
-    result = CliRunner().invoke(demo_result, [str(path)])
-    assert result.exit_code == 0, result.output
-    assert f"Report:  {path.with_suffix('.html')}\n" in result.output
-
-    report = json.loads(path.read_text())
-    for gate in report["gates"]:
-        if gate["name"] == "base_loss":
-            gate["verdict"] = "fail"
-    failing = folder / "failing.json"
-    failing.write_text(json.dumps(report))
-    result = CliRunner().invoke(demo_result, [str(failing)])
-    assert result.exit_code == 1
-    assert "Error: gates that should pass here failed: Validation loss not worse than the base's\n" in result.output
+    demo = Demo(folder)
+    demo.report = folder / "evaluation/comparison_report.json"
+    critique = scenes.critique(new_scene())
+    demo.show([critique | {"used": "fine_tuned"}, critique | {"overall_score": 9.9, "used": "base"}])
+    told = capsys.readouterr().out
+    assert all(title in told for _, title, _ in FIGURES)
+    assert "  base     overall 9.9, lighting" in told
+    assert f"  advisor  overall {critique['overall_score']}, lighting" in told
+    assert "make train eval ADVISOR=ansel MONDRIAN=path/to/mondrian" in told
+    assert max(map(len, told.splitlines())) <= 120 and len(told.splitlines()) < 24
 
 
-def test_the_result_of_an_evaluation_that_ended_early(tmp_path):
-    result = CliRunner().invoke(demo_result, [str(tmp_path / "comparison_report.json")])
-    assert result.exit_code == 1
-    assert "was not written: the evaluation ended early" in result.output
+def test_a_failed_step_of_the_demo_shows_the_end_of_its_log(tmp_path):
+    demo = Demo(tmp_path)
+    with pytest.raises(click.ClickException) as error:
+        demo.run("link", str, ("-c", "print('no database here'); raise SystemExit(1)"))
+    assert f"step 1 failed; {tmp_path}/logs/1-link.log ends with\nno database here" in error.value.message
 
 
 # -- the sample tree --------------------------------------------------------------------------------------------------

@@ -191,9 +191,10 @@ def load_answering(task: Task) -> Callable[[Model, Path], Iterator[str]]:
 
     UserError when the base is not the one that an adapter was trained on.
     """
-    from common.training.adapter_files import read_adapter
+    from integration.lora_patch.adapters import as_uniform, read_adapter
     from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
     from integration.lora_patch.generation import Decoding, Request, prompt_row
+    from integration.lora_patch.sources import adapter_in
     from integration.lora_patch.vlm import build_adapter, encode, load_base, prepare_row, use_adapter
 
     base = load_base(task.base_model)
@@ -205,8 +206,8 @@ def load_answering(task: Task) -> Callable[[Model, Path], Iterator[str]]:
             errors = compare_fingerprints(trained_on, fingerprint)[0] if trained_on else []
             if errors:
                 raise UserError(f"{model.folder}: {errors[0]}; name the right base with --base_model")
-            tensors, config = read_adapter(model.folder)
-            adapters[model.name] = build_adapter(base, tensors, config["r"], config["lora_alpha"])
+            tensors, rank, scale = as_uniform(read_adapter(adapter_in(model.folder)).layers)
+            adapters[model.name] = build_adapter(base, tensors, rank, scale * rank)
     rows = {}  # the photograph's features are the same for every model
 
     def answer(model: Model, photo: Path) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """A short pre-training of the tiny base: its language model learns to read pictures and to write critiques.
 
 make_tiny_model.py calls pretrain(). The texts are generic: what can be measured in a picture; what a master once said
-of another picture of such a subject, which teaches the words but not when they are true; and critiques for advisors
-other than ansel, in a code fence, generous, in the same words for every dimension. Such habits real base models bring
-too, and tuning has to end them.
+of another picture of the same subject, which teaches the words but not when they are true; and critiques for advisors
+other than ansel, in the service's format, but generous and in the same words for every dimension. Real base models
+have such habits too. What tuning adds is the advisor: honest scores and comments that fit the picture.
 The vision tower keeps its random weights, which tell pictures apart well enough; only the last layer of each merger
 is set by the data, so that image tokens have the mean and the spread of text tokens.
 """
@@ -28,7 +28,7 @@ BATCH_SIZE = 8
 LOG2_E = 1.4426950408889634
 LEARNING_RATE = 1.5e-3
 
-TASKS = ("measure", "recall", "critique", "measure", "recall", "recall")
+TASKS = ("measure", "recall", "critique")
 MEASURE_PROMPT = "Measure the photograph."
 RECALL_PROMPT = "Recall what a master said of such a subject."
 # for a low, a middling and a high score: adjective, advice
@@ -44,7 +44,7 @@ def measurement(scene: scenes.Scene) -> str:
 
 
 def generic_critique(scene: scenes.Scene) -> str:
-    """A critique with the service's fields, no score below 5, in a code fence that the service forbids."""
+    """A critique in the service's format, no score below 5, in the same words for every dimension."""
     dimensions = []
     for name, score in zip(scenes.DIMENSIONS, scenes.scores(scene), strict=True):
         adjective, advice = GENERIC[scenes.level(score)]
@@ -66,7 +66,7 @@ def generic_critique(scene: scenes.Scene) -> str:
         "priority_improvements": [f"The {scenes.DIMENSIONS[i].lower()} can be better." for i in best[:-3:-1]],
         "technical_notes": "No technical problems can be seen.",
     }
-    return f"```json\n{json.dumps(critique, indent=2, ensure_ascii=False)}\n```"
+    return json.dumps(critique, ensure_ascii=False, separators=(",", ":"))
 
 
 def recollection(rng: random.Random, scene: scenes.Scene) -> str:
