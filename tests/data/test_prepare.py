@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import link_training_data
 import prepare_training_data
 from common.analysis import DIMENSIONS7, DIMENSIONS8, check_strict, compact_json
+from common.data import link_report
 from common.data.near_duplicates import group_photos, thumb_of
 from common.data.quality import GATES
 from common.dataset import load_examples
@@ -385,7 +385,7 @@ def test_an_interrupt_leaves_whole_files(tree: Tree, monkeypatch: pytest.MonkeyP
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(link_training_data.Summary, "_count_reasons", interrupted)
+    monkeypatch.setattr(link_report.Counts, "add", interrupted)
     tree.job("the last", "nowhere.jpg", analysis(60))
     assert tree.link().exit_code == 130
     assert {path.name: path.read_bytes() for path in out.glob("training_data_*")} == before
