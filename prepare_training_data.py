@@ -17,11 +17,11 @@ from pathlib import Path
 
 import click
 
-from common.cli import PhaseCommand, option_group, print_settings
-from common.data.candidates import Manifest, choose_advisor, judge_all
-from common.data.card import data_card
+from common.cli import PhaseCommand, command_line, next_step, option_group, print_settings
+from common.data.candidates import choose_advisor, judge_all, open_manifest
+from common.data.card import write_card
 from common.data.near_duplicates import RADIUS
-from common.data.preparation import Options, Task, choose, earlier_sides, measure, split, warnings_of
+from common.data.preparation import Options, Task, check_scores, choose, earlier_sides, measure, split, warnings_of
 from common.data.prepared import meta_of, output_paths, write_set
 from common.data.prompt_specification import make_target, service_prompt
 from common.data.quality import GATES, read_levels
@@ -48,9 +48,10 @@ from common.files import find_input
 @click.option("--prompts_db", type=click.Path(path_type=Path), help="database to take the prompts from  [default: the newest in the manifest]")  # fmt: skip  # noqa: E501
 @click.option("--dimensions", help='"7", "8", or names separated by commas  [default: those the prompt asks for]')
 @option_group("Quality")
-@click.option("--gate", multiple=True, metavar="NAME=LEVEL", help=f"switch a gate to reject, warn or off; may be repeated; gates: {', '.join(GATES)}")  # fmt: skip  # noqa: E501
+@click.option("--gate", multiple=True, metavar="NAME=LEVEL", help=f"switch a gate to reject, warn or off (copied_scores: mask too); may be repeated; gates: {', '.join(GATES)}")  # fmt: skip  # noqa: E501
 @click.option("--no_mend", is_flag=True, help="reject analyses that could be read only after mending")
 @click.option("--keep", type=click.Choice(["newest", "all"]), default="newest", show_default=True, help="of several analyses of one photograph: the newest that passes all gates, or all")  # fmt: skip  # noqa: E501
+@click.option("--accept_copied_scores", is_flag=True, help="prepare comments alone where every score is copied from the prompt's example")  # fmt: skip  # noqa: E501
 @option_group("Split")
 @click.option("--train_split", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="share of the photographs to train on  [default: 0.8]")  # fmt: skip  # noqa: E501
 @click.option("--val_split", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="share to validate on  [default: 0.2]")  # fmt: skip  # noqa: E501
@@ -64,28 +65,30 @@ from common.files import find_input
 @click.option("--max_image_size", default=1024, show_default=True, type=click.IntRange(min=32), help="long side of photographs in training, pixels")  # fmt: skip  # noqa: E501
 def main(manifest, advisor, output_dir, dry_run, **given):
     options = read_options(given)
-    manifest = Manifest(find_input(manifest))
+    manifest = open_manifest(find_input(manifest))
     advisor, databases = choose_advisor(manifest, advisor)
     prompt = service_prompt(advisor, databases, given["system_prompt"], given["prompts_db"])
     task = Task(manifest, advisor, prompt, make_target(prompt.text, given["dimensions"]))
     paths = output_paths(output_dir, advisor, given["split_record"])
     print_settings("Prepare", shown_settings(task, output_dir, options))
 
-    record, warnings = earlier_sides(paths["split"], options)
+    record, warnings = earlier_sides(paths, options)
     judged = judge_all(manifest, advisor, task.target)
     choice = choose(judged, record, options)
-    print_quality(choice, task.target.dimensions)
+    print_quality(choice, task.target.specification.names)
     arrangement = split(choice, judged.thumbs, record)
     lengths = measure(arrangement.examples(), task, options)
-    warnings = [*prompt.warnings, *warnings, *warnings_of(arrangement.examples(), lengths)]
+    warnings = [*prompt.warnings, *warnings, *warnings_of(arrangement, lengths)]
     print_result(arrangement, lengths, options.base_model, warnings)
+    check_scores(arrangement.examples("train"), given["accept_copied_scores"])
     if dry_run:
         click.echo(f"\nDry run: nothing written; would write {', '.join(path.name for path in paths.values())}")
         return
     meta = meta_of(task, arrangement, options, lengths, warnings)
-    write_set(paths, task, arrangement, options, data_card(task, arrangement, lengths, meta), meta)
-    for name in ("train", "val", "meta", "card"):
-        click.echo(f"wrote {paths[name]}")
+    write_card(paths["card"], task, arrangement, lengths, meta)
+    write_set(paths, task, arrangement, options, meta)
+    train = command_line("python", "train_mlx_lora.py", "--train_data", paths["train"])
+    next_step(f"\n{meta['headline']['text']} -> {paths['train']}\nOpen {paths['card']}", train, "train")
 
 
 def read_options(given: dict) -> Options:
@@ -100,7 +103,7 @@ def read_options(given: dict) -> Options:
 
 
 def shown_settings(task: Task, output_dir: Path, options: Options) -> dict[str, object]:
-    names = f"{len(task.target.dimensions)}: {', '.join(task.target.dimensions)}"
+    names = f"{len(task.target.specification.names)}: {', '.join(task.target.specification.names)}"
     return {
         "manifest": task.manifest.path,
         "advisor": task.advisor,

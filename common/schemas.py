@@ -194,7 +194,7 @@ SPLIT_RECORD = {
 }
 SPLIT_PHOTOGRAPH = {
     "side": Column("side", "of the photograph, for ever"),
-    "thumb": Column("base64", "grey thumbnail, for near-duplicates"),
+    "thumb": Column("base64", "thumbnail, for near-duplicates; absent where it could not be read", needed=False),
 }
 _OUTPUT = {
     "arm": Column("name", '"base", "candidate", "deployed", or one of them with "+grammar"'),

@@ -5,25 +5,25 @@ row itself is read again, by its place in the file, when it is written.
 """
 
 import base64
-import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
-from common.analysis import compact_json, projected
+from common.analysis import compact_json
 from common.data.database import shown, sortable_time
-from common.data.near_duplicates import THUMB_BYTES
+from common.data.near_duplicates import is_thumb
 from common.data.quality import Crowd, Target, copied_scores, judge
-from common.errors import UserError, refuse
-from common.files import read_rows
+from common.errors import UserError
+from common.files import RowFile
+from common.schemas import MANIFEST
+from integration.lora_patch.names import is_advisor
+from integration.lora_patch.specification import DIMENSION_SPELLINGS, SPELLINGS
 
-_NEEDED = {"job_id": str, "advisor": str, "image_path": str, "image_sha256": str, "image_thumb": str, "analysis": dict}
-_OPTIONAL = {"mends": list, "prompt_scores": list, "image_width": int, "image_height": int, "image_size": int}
+# the number of a score in a response, which holds no such text inside a string: its quotes would be escaped
+_KEYS = "|".join((*DIMENSION_SPELLINGS["score"], *SPELLINGS["overall_score"]))
+_SCORE = re.compile(rf'(?<=[{{,])"(?:{_KEYS})":"?(\d+(?:\.\d+)?)')
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class Candidate:
     job_id: str
     sha256: str
     made: str  # time, in a form that sorts
-    overall: float | None
+    overall: float
     scores: tuple[float, ...]
     width: int
     height: int
@@ -45,108 +45,21 @@ class Candidate:
     side: str = ""
     projected: bool = False
     overall_changed: bool = False
-    near_copy: bool = False  # all but one of its scores are the example's
-    overall_copied: bool = False  # the example's overall score over other dimensions' scores
+    copied: str = ""  # "exact" or "near" when its scores are those of the example in its prompt
+    masked: bool = False  # whether its scores stay out of the loss
     length: int = 0  # tokens of the whole example, once counted
 
 
-class Manifest:
-    """A manifest file, JSONL or a JSON array, read row by row."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with self._open() as file:
-            self._array = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        self._rows = [row for _, row in read_rows(path)] if self._array else []
-
-    def _open(self):
-        try:
-            return open(self.path, "rb")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
-
-    def rows(self, label: str) -> Iterator[tuple[int, dict]]:
-        """Yield (place, row); all damaged rows are collected into one UserError at the end."""
-        if self._array:
-            yield from self._checked(enumerate(enumerate(self._rows), start=1))
-            return
-        size = self.path.stat().st_size
-        with (
-            self._open() as file,
-            tqdm(total=size, desc=label, unit="B", unit_scale=True, leave=False, disable=None) as bar,
-        ):
-            yield from self._checked(self._lines(file, bar))
-
-    @staticmethod
-    def _lines(file, bar) -> Iterator[tuple[int, tuple[int, object]]]:
-        offset = 0
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield number, (offset, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
-                except (ValueError, RecursionError) as error:
-                    yield number, (offset, f"not valid JSON ({getattr(error, 'msg', error)})")
-            offset += len(line)
-            bar.update(len(line))
-
-    def _checked(self, numbered: Iterator) -> Iterator[tuple[int, dict]]:
-        problems = []
-        for number, (place, row) in numbered:
-            problem = row if isinstance(row, str) else _problem(row)
-            if problem:
-                problems.append(f"{self.path}:{number}: {problem}; link the data again or mend the row")
-            elif not problems:
-                yield place, row
-        refuse(problems)
-
-    def read(self, places: list[int]) -> Iterator[dict]:
-        """Yield the rows at the places given, in that order."""
-        if self._array:
-            yield from (self._rows[place] for place in places)
-            return
-        with self._open() as file:
-            for place in places:
-                file.seek(place)
-                yield json.loads(file.readline().decode("utf-8-sig"))
+def open_manifest(path: Path) -> RowFile:
+    """Return a manifest of `link_training_data.py`, to be read row by row."""
+    return RowFile(path, MANIFEST, "link the data again or mend the row")
 
 
-def _problem(row: object) -> str | None:
-    if not isinstance(row, dict):
-        return "a JSON object was expected"
-    wrong = [name for name, kind in _NEEDED.items() if not isinstance(row.get(name), kind)]
-    if wrong:
-        return f"{', '.join(wrong)} is missing or of the wrong kind"
-    if any(not isinstance(row.get(name, kind()), kind) for name, kind in _OPTIONAL.items()):
-        return "a field is of the wrong kind"
-    if not _is_thumb(row["image_thumb"]):
-        return "image_thumb is damaged"
-    dimensions = row["analysis"].get("dimensions")
-    if not isinstance(dimensions, list) or not dimensions or not all(map(_is_dimension, dimensions)):
-        return "the analysis has no scored dimensions"
-    return None
-
-
-def _is_thumb(text: str) -> bool:
-    try:
-        return len(base64.b64decode(text, validate=True)) == THUMB_BYTES
-    except ValueError:
-        return False
-
-
-def _is_dimension(item: object) -> bool:
-    return (
-        isinstance(item, dict)
-        and isinstance(item.get("name"), str)
-        and isinstance(item.get("score"), int | float)
-        and all(isinstance(item.get(key, ""), str) for key in ("comment", "recommendation"))
-    )
-
-
-def choose_advisor(manifest: Manifest, advisor: str | None) -> tuple[str, list[Path]]:
+def choose_advisor(manifest: RowFile, advisor: str | None) -> tuple[str, list[Path]]:
     """Return (advisor as the manifest spells it, databases of its jobs); UserError with the choice that there is."""
     counts: Counter = Counter()
     databases: dict[str, dict[str, None]] = defaultdict(dict)
-    for _, row in manifest.rows("reading"):
+    for _, _, row in manifest.rows("reading"):
         counts[row["advisor"]] += 1
         if isinstance(row.get("database"), str):
             databases[row["advisor"].lower()][row["database"]] = None
@@ -156,7 +69,7 @@ def choose_advisor(manifest: Manifest, advisor: str | None) -> tuple[str, list[P
     spelled = [name for name, _ in counts.most_common() if advisor is None or name.lower() == advisor.strip().lower()]
     if not spelled:
         raise UserError(f"{manifest.path}: no jobs of {advisor!r}; advisors in it: {there}")
-    if not re.fullmatch(r"\w[\w .-]*", spelled[0]):
+    if not is_advisor(spelled[0]):
         raise UserError(f"{manifest.path}: {shown(spelled[0])!r} cannot be part of a file name; rename the advisor")
     return spelled[0], list(map(Path, databases[spelled[0].lower()]))
 
@@ -170,57 +83,54 @@ class Judged:
     crowd: Crowd  # what is still to be compared among all
 
 
-def judge_all(manifest: Manifest, advisor: str, target: Target) -> Judged:
-    """Judge each of an advisor's rows by itself."""
+def judge_all(manifest: RowFile, advisor: str, target: Target) -> Judged:
+    """Judge each of an advisor's rows by itself. UserError names every damaged row."""
     candidates: list[Candidate] = []
     thumbs: dict[str, bytes] = {}
     crowd = Crowd()
-    for place, row in manifest.rows("judging"):
+    for number, place, row in manifest.rows("judging"):
+        thumb = base64.b64decode(row["image_thumb"])
+        if not is_thumb(thumb):
+            raise UserError(f"{manifest.path}:{number}: image_thumb is not of this version; link the data again")
         if row["advisor"].lower() != advisor.lower():
             continue
-        candidates.append(_candidate(place, row, target))
-        crowd.add(as_trained(row, target)[0])
-        if row["image_sha256"] not in thumbs:
-            thumbs[row["image_sha256"]] = base64.b64decode(row["image_thumb"])
+        analysis, dropped = target.as_trained(row["analysis"])
+        candidates.append(_candidate(place, row, analysis, dropped, target))
+        crowd.add(analysis)
+        thumbs.setdefault(row["image_sha256"], thumb)
     return Judged(candidates, thumbs, crowd)
 
 
-def as_trained(row: dict, target: Target) -> tuple[dict, bool]:
-    """Return (a row's analysis with the prompt's dimensions alone, whether some were dropped)."""
+def response_of(row: dict, target: Target, masked: bool) -> tuple[str, list[tuple[int, int]]]:
+    """Return the response that an example teaches, and the spans of its scores when they are masked.
+
+    A row of which a dimension is lacking and that is an example all the same (``--gate schema=warn``) is written in the
+    canonical form.
+    """
+    analysis, _ = target.as_trained(row["analysis"])
     try:
-        return projected(row["analysis"], target.dimensions)
+        response = target.specification.render(analysis)
     except KeyError:
-        return row["analysis"], False
+        response = compact_json(analysis)
+    return response, [match.span(1) for match in _SCORE.finditer(response)] if masked else []
 
 
-def response_of(row: dict, target: Target) -> str:
-    """Return the response that an example teaches: the canonical JSON with the prompt's dimensions in its order."""
-    return compact_json(as_trained(row, target)[0])
-
-
-def _candidate(place: int, row: dict, target: Target) -> Candidate:
-    analysis, dropped = as_trained(row, target)
-    source = row["analysis"]
-    scores = tuple(d["score"] for d in source["dimensions"])
-    example = tuple(row.get("prompt_scores") or target.scores)
-    overall = row.get("prompt_overall") if row.get("prompt_scores") else target.overall
+def _candidate(place: int, row: dict, analysis: dict, dropped: bool, target: Target) -> Candidate:
+    copied = copied_scores(row, target.specification)
     candidate = Candidate(
         place=place,
         job_id=row["job_id"],
         sha256=row["image_sha256"],
         made=sortable_time(row.get("created_at") or row.get("completed_at")),
-        overall=analysis.get("overall_score"),
+        overall=analysis["overall_score"],
         scores=tuple(d["score"] for d in analysis["dimensions"]),
         width=row.get("image_width") or 1024,
         height=row.get("image_height") or 768,
         image_path=row["image_path"],
-        verdicts=judge(row, source, analysis, target),
+        verdicts=judge(row, analysis, target),
         projected=dropped,
-        overall_changed=dropped and analysis["overall_score"] != source.get("overall_score"),
-        near_copy=len(example) == len(scores) and sum(a != b for a, b in zip(example, scores, strict=True)) == 1,
-        overall_copied=overall is not None
-        and source.get("overall_score") == overall
-        and copied_scores(row, source, target) is None,
+        overall_changed=analysis["overall_score"] != row["analysis"].get("overall_score"),
+        copied="" if copied is None else "near" if "but for" in copied else "exact",
     )
     if problem := _stale(row):
         candidate.reason, candidate.detail = "photograph_changed", problem
@@ -239,6 +149,7 @@ def apply_gates(candidates: list[Candidate], levels: dict[str, str]) -> None:
     """Give each candidate that a rejecting gate holds back its reason, and forget what gates found that are off."""
     for candidate in candidates:
         candidate.verdicts = {gate: text for gate, text in candidate.verdicts.items() if levels[gate] != "off"}
+        candidate.masked = levels["copied_scores"] == "mask" and "copied_scores" in candidate.verdicts
         rejecting = [gate for gate in levels if levels[gate] == "reject" and gate in candidate.verdicts]
         if rejecting and not candidate.reason:
             candidate.reason, candidate.detail = rejecting[0], candidate.verdicts[rejecting[0]]

@@ -1,22 +1,19 @@
 """The data card: one self-contained page that shows a person what the adapter will be trained on.
 
-page = data_card(task, arrangement, lengths, meta)      # HTML
+write_card(path, task, arrangement, lengths, meta)
 """
 
-import base64
-import io
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
-from jinja2 import ChainableUndefined, Environment
-
-from common.data.candidates import Candidate, as_trained
+from common.data.candidates import Candidate
 from common.data.preparation import REASONS, Arrangement, Lengths, Task
 from common.data.prepared import link_report
 from common.data.quality import GATES
 from common.data.summary import lengths_sentence, some
-from integration.lora_patch.photo import PhotoError, load_photo
+from common.pages import embedded, write_page
+from integration.lora_patch.photo import PhotoError
 
 SHEET_PHOTOS = 60  # photographs of each side on the contact sheets; a page of more would be slow to open
 SHEET_GROUPS, GROUP_FILES = 30, 8  # groups of near-duplicates that are shown, and files of each
@@ -24,13 +21,13 @@ _THUMB, _COPY = 300, 140  # pixels of the long side
 _NO_PHOTO = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="
 
 
-def data_card(task: Task, arrangement: Arrangement, lengths: Lengths, meta: dict) -> str:
-    """Return the page as HTML; ``meta`` is what `meta_of` says of the set. All that is shown is escaped."""
+def write_card(path: Path, task: Task, arrangement: Arrangement, lengths: Lengths, meta: dict) -> None:
+    """Write the page; ``meta`` is what `meta_of` says of the set."""
     train, val = arrangement.examples("train"), arrangement.examples("val")
     report = link_report(task.manifest.path)
-    environment = Environment(autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("card.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    write_page(
+        path,
+        Path(__file__).with_name("card.html.j2"),
         meta=meta,
         steps=_steps(arrangement, report.get("jobs", 0)),
         overall=_chart(
@@ -40,7 +37,7 @@ def data_card(task: Task, arrangement: Arrangement, lengths: Lengths, meta: dict
         lengths_text=lengths_sentence(lengths, len(train) + len(val), meta["options"]["base_model"]),
         dimensions=[
             _chart(name, *([c.scores[i] for c in side if i < len(c.scores)] for side in (train, val)), range(12))
-            for i, name in enumerate(task.target.dimensions)
+            for i, name in enumerate(task.target.specification.names)
         ],
         gates=[
             {"name": name, "meaning": GATES[name].meaning, "ids": some(gate["job_ids"], 6), **gate}
@@ -73,15 +70,12 @@ def _steps(arrangement: Arrangement, jobs: int) -> list[dict]:
 # -- photographs ------------------------------------------------------------------------------------------------------
 
 
-def thumbnail(path: str, side: int = _THUMB) -> str:
+def _thumbnail(path: str, side: int) -> str:
     """Return a photograph as a small JPEG in a data: URL; a blank one when it cannot be read any more."""
     try:
-        picture = load_photo(path, side)
+        return embedded(path, side)
     except PhotoError:
         return _NO_PHOTO
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=72, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _sheet(task: Task, side: str, pictures: list[list[Candidate]]) -> dict:
@@ -99,13 +93,16 @@ def _sheet(task: Task, side: str, pictures: list[list[Candidate]]) -> dict:
 
 def _on_sheet(candidate: Candidate, row: dict, task: Task) -> dict:
     return {
-        "image": thumbnail(candidate.image_path),
+        "image": _thumbnail(candidate.image_path, _THUMB),
         "name": Path(candidate.image_path).name,
         "job_id": candidate.job_id,
         "overall": "" if candidate.overall is None else f"{candidate.overall:g}",
-        "scores": list(zip(task.target.dimensions, (f"{score:g}" for score in candidate.scores), strict=False)),
+        "scores": list(
+            zip(task.target.specification.names, (f"{score:g}" for score in candidate.scores), strict=False)
+        ),
         "verdicts": candidate.verdicts,
-        "analysis": as_trained(row, task.target)[0],
+        "masked": candidate.masked,
+        "analysis": task.target.as_trained(row["analysis"])[0],
     }
 
 
@@ -125,7 +122,7 @@ def _groups(arrangement: Arrangement) -> dict:
                 "side": side,
                 "files": len(files),
                 "photos": [
-                    {"image": thumbnail(c.image_path, _COPY), "name": Path(c.image_path).name, "kept": bool(c.side)}
+                    {"image": _thumbnail(c.image_path, _COPY), "name": Path(c.image_path).name, "kept": bool(c.side)}
                     for c in files[:GROUP_FILES]
                 ],
             }

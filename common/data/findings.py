@@ -4,19 +4,32 @@ from collections import Counter
 
 from common.data.candidates import Candidate
 
+_COPIES = {
+    "reject": "they are left out",
+    "mask": "their scores stay out of the loss",
+    "warn": "they are trained on as they are",
+    "off": "they are trained on as they are",
+}
 
-def copied_sentence(candidates: list[Candidate]) -> dict:
-    """Return {"share", "count", "of", "text"}: how many analyses carry the scores of the example in their prompt."""
-    copied = sum("copied_scores" in candidate.verdicts for candidate in candidates)
-    share = copied / len(candidates) if candidates else 0.0
+
+def left_to_learn(candidates: list[Candidate], groups: list[int], level: str) -> dict:
+    """Return {"comments", "scores": photographs to learn them from, "copied", "near", "of": analyses, "text"}.
+
+    ``groups`` is the photograph group of each candidate, ``level`` that of the gate copied_scores. Scores that a model
+    copied from its prompt are nothing to learn from.
+    """
+    chosen = [(group, candidate) for group, candidate in zip(groups, candidates, strict=True) if not candidate.reason]
+    comments, scores = len({group for group, _ in chosen}), len({group for group, c in chosen if not c.copied})
+    copied, near = (sum(c.copied in kinds for c in candidates) for kinds in (("exact", "near"), ("near",)))
+    photographs = "photograph" if comments == 1 else "photographs"
+    text = f"Left to learn: comments of {comments:,} {photographs}, scores of {scores:,}."
     if copied:
-        text = (
-            f"Copied scores: {copied:,} of {len(candidates):,} analyses ({share:.0%}) carry exactly the scores of the "
-            "example in their own prompt; they teach the example, not the photograph."
+        share, but = f"{copied / len(candidates):.0%}", f", {near:,} of them but for one" if near else ""
+        text += (
+            f" {copied:,} of {len(candidates):,} analyses ({share}) carry the scores of the example in their own "
+            f"prompt{but}: {_COPIES[level]}."
         )
-    else:
-        text = f"Copied scores: none of {len(candidates):,} analyses carries the scores of the example in its prompt."
-    return {"share": round(share, 4), "count": copied, "of": len(candidates), "text": text}
+    return {"comments": comments, "scores": scores, "copied": copied, "near": near, "of": len(candidates), "text": text}
 
 
 def findings_of(candidates: list[Candidate], dimensions: tuple[str, ...]) -> list[str]:
@@ -28,8 +41,6 @@ def findings_of(candidates: list[Candidate], dimensions: tuple[str, ...]) -> lis
         if count:
             findings.append(f"{count:,} of {total:,} analyses ({count / total:.0%}) {sentence}")
 
-    say(sum(c.near_copy for c in candidates), "differ from that example in a single score")
-    say(sum(c.overall_copied for c in candidates), "have the example's overall score over other dimension scores")
     vectors = Counter(c.scores for c in candidates)
     vector, count = vectors.most_common(1)[0]
     if total >= 5 and count > total / 2:
@@ -48,10 +59,7 @@ def findings_of(candidates: list[Candidate], dimensions: tuple[str, ...]) -> lis
         sum(c.projected for c in candidates),
         "answer more dimensions than today's prompt asks for, and were cut to those",
     )
-    say(
-        sum(c.overall_changed for c in candidates),
-        "got another overall score by that: the mean of the dimensions that are left",
-    )
+    say(sum(c.overall_changed for c in candidates), "got another overall score: the mean of their dimensions")
     return findings
 
 

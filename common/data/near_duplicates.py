@@ -22,6 +22,7 @@ from PIL import Image
 RADIUS = 10  # bits of 64
 SIDE = 16  # pixels of the thumbnail's side
 CHROMA = 4  # pixels of the side at which its colors are kept
+THUMB_LOAD = 256  # pixels of the long side at which a photograph is decoded for its thumbnail
 THUMB_BYTES = SIDE * SIDE + 2 * CHROMA * CHROMA
 # How far thumbnails of one picture differ in brightness, 0..255, root mean square after removing the mean difference:
 # re-encodings and resizes reach 4, a brighter print 10; a share of the picture's own contrast, within bounds.
@@ -43,6 +44,11 @@ def thumb_of(picture: Image.Image) -> bytes:
     parts = [luma.resize((SIDE, SIDE), Image.Resampling.BOX)]
     parts += [plane.resize((CHROMA, CHROMA), Image.Resampling.BOX) for plane in (blue, red)]
     return b"".join(part.tobytes() for part in parts)
+
+
+def is_thumb(data: bytes) -> bool:
+    """Tell whether bytes are what `thumb_of` gives."""
+    return len(data) == THUMB_BYTES
 
 
 def perceptual_hash(thumb: bytes) -> int:

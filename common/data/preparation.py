@@ -11,14 +11,19 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.data.candidates import Candidate, Judged, Manifest, apply_gates, keep_newest, response_of, tallies
+from common.data.candidates import Candidate, Judged, apply_gates, keep_newest, response_of, tallies
+from common.data.findings import left_to_learn
 from common.data.lengths import LengthCounter
 from common.data.near_duplicates import are_near, group_photos
 from common.data.prompt_specification import Prompt
 from common.data.quality import GATES, Target
-from common.data.split import Record, assign, settle
+from common.data.split import Record, assign, recovered, settle
+from common.errors import UserError
+from common.files import RowFile, read_json
+from common.tables import counted
 
 RECOMMENDED = 60  # examples; below it an adapter learns little
+MIN_VALIDATION = 5  # photographs; evaluation judges nothing on fewer, so that no adapter can be promoted
 REASONS = {
     **{name: gate.meaning for name, gate in GATES.items()},
     "photograph_changed": "its photograph is gone, or another file since it was linked",
@@ -49,7 +54,7 @@ class Options:
 class Task:
     """What is prepared: an advisor's rows of a manifest, for a prompt."""
 
-    manifest: Manifest
+    manifest: RowFile
     advisor: str
     prompt: Prompt
     target: Target
@@ -61,6 +66,7 @@ class Choice:
 
     candidates: list[Candidate]
     gates: dict[str, dict]  # see `tallies`
+    left_to_learn: dict  # see `left_to_learn`
     groups: list[list[str]]  # SHA-256 of the photographs of each group
     group_of: list[int]  # of each candidate; len(groups) for photographs that are left out
 
@@ -96,16 +102,38 @@ class Arrangement(Choice):
         return list(members.values())
 
 
-def earlier_sides(path: Path, options: Options) -> tuple[Record, list[str]]:
-    """Return (the record of earlier rounds, empty where none applies; warnings)."""
-    record = None if options.resplit else Record.read(path)
+def earlier_sides(paths: dict[str, Path], options: Options) -> tuple[Record, list[str]]:
+    """Return (the record of earlier rounds, empty where none applies; warnings).
+
+    Where the record is gone and the files of a round are there, these tell the sides.
+    """
+    warnings = []
+    record = None if options.resplit else Record.read(paths["split"])
+    if record is None and not options.resplit:
+        files = {side: paths[side] for side in ("train", "val")}
+        record = recovered(files, *_earlier_settings(paths["meta"], options))
+        if record:
+            warnings.append(
+                f"{paths['split']} is gone: the sides of {counted(len(record.sides), 'photograph')} were taken from "
+                f"{' and '.join(path.name for path in files.values() if path.exists())}"
+            )
     if record and (record.seed != options.seed or abs(record.val_split - options.val_split) > 1e-9):
-        warning = (
+        warnings.append(
             f"the earlier split had seed {record.seed} and val_split {record.val_split:g}: split anew, so that "
             "photographs change sides; do not compare adapters trained on the earlier split with new ones"
         )
-        return Record(options.seed, options.val_split), [warning]
-    return record or Record(options.seed, options.val_split), []
+        record = None
+    return record or Record(options.seed, options.val_split), warnings
+
+
+def _earlier_settings(meta: Path, options: Options) -> tuple[int, float]:
+    """Return (seed, val_split) of the round that meta.json tells of, else today's."""
+    value = read_json(meta) if meta.is_file() else {}
+    earlier = value.get("options", {}) if isinstance(value, dict) else {}
+    try:
+        return int(earlier["seed"]), float(earlier["val_split"])
+    except (KeyError, TypeError, ValueError):
+        return options.seed, options.val_split
 
 
 def choose(judged: Judged, record: Record, options: Options) -> Choice:
@@ -115,6 +143,8 @@ def choose(judged: Judged, record: Record, options: Options) -> Choice:
     groups = group_photos(thumbs, radius)
     for candidate, found in zip(candidates, judged.crowd.verdicts(_group_of(candidates, groups)), strict=True):
         candidate.verdicts |= found
+    # by content: the order of the manifest's rows changes nothing
+    candidates = sorted(candidates, key=lambda c: (c.made, c.sha256, c.job_id))
     apply_gates(candidates, options.levels)
     groups, left_out = settle(groups, record.sides, lambda a, b: are_near(thumbs[a], thumbs[b], radius))
     for candidate in candidates:
@@ -123,7 +153,8 @@ def choose(judged: Judged, record: Record, options: Options) -> Choice:
     group_of = _group_of(candidates, groups)
     if options.keep == "newest":
         keep_newest(candidates, group_of)
-    return Choice(candidates, tallies(candidates, options.levels), groups, group_of)
+    learn = left_to_learn(candidates, group_of, options.levels["copied_scores"])
+    return Choice(candidates, tallies(candidates, options.levels), learn, groups, group_of)
 
 
 def _group_of(candidates: list[Candidate], groups: list[list[str]]) -> list[int]:
@@ -147,10 +178,10 @@ def split(choice: Choice, thumbs: dict[str, bytes], record: Record) -> Arrangeme
     for candidate, group in zip(choice.candidates, choice.group_of, strict=True):
         if not candidate.reason:
             candidate.side = side_of[group]
-    fresh = {sha: side for group, side in side_of.items() for sha in choice.groups[group] if sha not in record.sides}
-    fresh = {sha: side for sha, side in fresh.items() if sha in thumbs}
+    sides = {sha: side for group, side in side_of.items() for sha in choice.groups[group] if sha in thumbs}
+    sides = {**sides, **record.sides}
     record = replace(
-        record, sides={**record.sides, **fresh}, thumbs={**record.thumbs, **{sha: thumbs[sha] for sha in fresh}}
+        record, sides=sides, thumbs={**record.thumbs, **{sha: thumbs[sha] for sha in sides.keys() & thumbs}}
     )
     return Arrangement(**vars(choice), side_of=side_of, record=record)
 
@@ -170,16 +201,36 @@ def measure(examples: list[Candidate], task: Task, options: Options) -> Lengths:
     """Count the tokens of each example, kept with it, and sum up."""
     counter = LengthCounter(options.base_model, options.max_image_size)
     for candidate, row in zip(examples, task.manifest.read([c.place for c in examples]), strict=True):
-        size = candidate.width, candidate.height
-        candidate.length = counter.count(task.prompt.text, response_of(row, task.target), size)
+        response, _ = response_of(row, task.target, masked=False)
+        candidate.length = counter.count(task.prompt.text, response, (candidate.width, candidate.height))
     lengths = sorted(candidate.length for candidate in examples)
     over = sum(length > options.max_seq_length for length in lengths)
     return Lengths(counter.exact, lengths[len(lengths) // 2], lengths[-1], over, options.max_seq_length)
 
 
-def warnings_of(examples: list[Candidate], lengths: Lengths) -> list[str]:
+class NoScores(UserError):
+    """No training example has scores of its own."""
+
+    exit_code = 5
+
+
+def check_scores(train: list[Candidate], accepted: bool) -> None:
+    """NoScores where there are comments alone to learn from and nobody has said that this is wanted."""
+    if not accepted and all(candidate.masked for candidate in train):
+        raise NoScores(
+            "no scores are left to learn from: every training example carries the scores of its prompt's example; link "
+            "other jobs, or train on the comments alone with --accept_copied_scores"
+        )
+
+
+def warnings_of(arrangement: Arrangement, lengths: Lengths) -> list[str]:
     """Return what a person should know before training, a sentence each."""
-    warnings = []
+    warnings, examples, photos = [], arrangement.examples(), arrangement.photographs()
+    if photos["val"] < MIN_VALIDATION:
+        warnings.append(
+            f"{photos['val']} of the {MIN_VALIDATION} validation photographs that evaluation needs: no adapter trained "
+            "on this set can be promoted; link more jobs, or raise --val_split"
+        )
     if lengths.over:
         warnings.append(
             f"{lengths.over:,} of {len(examples):,} examples are longer than max_seq_length "

@@ -1,15 +1,19 @@
 """What preparation writes: the examples, what became of each job, the record of sides, the card and meta.json."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 from common.data.candidates import response_of
-from common.data.findings import copied_sentence, findings_of
-from common.data.preparation import Arrangement, Lengths, Options, Task
+from common.data.findings import findings_of
+from common.data.preparation import MIN_VALIDATION, Arrangement, Lengths, Options, Task
 from common.dataset import messages_row, triplet_row
-from common.files import read_json, sha256_file, write_json, write_jsonl, write_text
+from common.files import read_json, sha256_file, write_atomic
 from common.tables import counted
 
 SCHEMA_VERSION = 1
@@ -22,24 +26,48 @@ def output_paths(folder: Path, advisor: str, split_record: Path | None) -> dict[
     return paths | ({"split": split_record} if split_record else {})
 
 
-def write_set(paths: dict[str, Path], task: Task, arrangement: Arrangement, options: Options, card: str, meta: dict):
-    """Write all files, meta.json last: it names the SHA-256 of the others."""
-    for side in ("train", "val"):
-        write_jsonl(paths[side], _rows(task, arrangement, options.row_format, side))
-    write_jsonl(paths["verdicts"], _verdicts(arrangement))
-    arrangement.record.write(paths["split"])
-    write_text(paths["card"], card)
-    write_json(
-        paths["meta"],
-        meta | {"sha256": {path.name: sha256_file(path) for name, path in paths.items() if name != "meta"}},
-    )
+def write_set(paths: dict[str, Path], task: Task, arrangement: Arrangement, options: Options, meta: dict) -> None:
+    """Write the files of a set so that no mixture of two sets is ever taken for one.
+
+    All are complete on the disk before the first gets its name. meta.json, which holds the SHA-256 of the others, comes
+    last but one, and the training examples, which make waits for, last: until then readers refuse the set, or see the
+    old one.
+    """
+    rows = {
+        "val": _rows(task, arrangement, options.row_format, "val"),
+        "verdicts": _verdicts(arrangement),
+        "train": _rows(task, arrangement, options.row_format, "train"),
+    }
+    with contextlib.ExitStack() as stack:  # which names them in the opposite order
+        files = {
+            name: stack.enter_context(write_atomic(paths[name], "wb"))
+            for name in ("train", "meta", "verdicts", "val", "split")
+        }
+        hashes = {paths["card"].name: sha256_file(paths["card"])}
+        for name, values in rows.items():
+            hashes[paths[name].name] = _write_lines(files[name], values)
+        hashes[paths["split"].name] = _write_lines(files["split"], [arrangement.record.to_dict()], indent=2)
+        _write_lines(files["meta"], [meta | {"sha256": hashes}], indent=2)
+
+
+def _write_lines(file: IO[bytes], values: Iterable[dict], indent: int | None = None) -> str:
+    """Write values as JSON, put them on the disk, and return their SHA-256."""
+    digest = hashlib.sha256()
+    for value in values:
+        line = (json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False) + "\n").encode()
+        digest.update(line)
+        file.write(line)
+    file.flush()
+    os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def _rows(task: Task, arrangement: Arrangement, row_format: str, side: str) -> Iterator[dict]:
     make = {"triplet": triplet_row, "messages": messages_row}[row_format]
-    for row in task.manifest.read([candidate.place for candidate in arrangement.examples(side)]):
-        response = response_of(row, task.target)
-        yield make(row["image_path"], task.prompt.text, response, row["job_id"], row["image_sha256"])
+    examples = arrangement.examples(side)
+    for candidate, row in zip(examples, task.manifest.read([c.place for c in examples]), strict=True):
+        response, spans = response_of(row, task.target, candidate.masked)
+        yield make(row["image_path"], task.prompt.text, response, row["job_id"], row["image_sha256"], spans)
 
 
 def _verdicts(arrangement: Arrangement) -> Iterator[dict]:
@@ -66,7 +94,8 @@ def meta_of(task: Task, arrangement: Arrangement, options: Options, lengths: Len
         "options": {name: value for name, value in asdict(options).items() if name != "levels"},
         "seed": options.seed,
         "prompt": {"source": task.prompt.source, "sha256": hashlib.sha256(task.prompt.text.encode()).hexdigest()},
-        "dimensions": list(task.target.dimensions),
+        "dimensions": list(task.target.specification.names),
+        "specification": task.target.specification.to_dict(),
         "counts": {
             "linked": len(arrangement.candidates),
             "train": len(arrangement.examples("train")),
@@ -78,8 +107,8 @@ def meta_of(task: Task, arrangement: Arrangement, options: Options, lengths: Len
             "overall_recomputed": sum(candidate.overall_changed for candidate in examples),
         },
         "headline": headline(arrangement, warnings),
-        "copied_scores": copied_sentence(arrangement.candidates),
-        "findings": findings_of(arrangement.candidates, task.target.dimensions),
+        "left_to_learn": arrangement.left_to_learn,
+        "findings": findings_of(arrangement.candidates, task.target.specification.names),
         "warnings": warnings,
         "gates": arrangement.gates,
         "lengths": asdict(lengths),
@@ -89,6 +118,9 @@ def meta_of(task: Task, arrangement: Arrangement, options: Options, lengths: Len
 def headline(arrangement: Arrangement, warnings: list[str]) -> dict[str, str]:
     """Return {"text", "class"}: whether the set is ready to be trained on."""
     photos = arrangement.photographs()
+    if photos["val"] < MIN_VALIDATION:
+        needs = f"{counted(photos['val'], 'validation photograph')}, and evaluation needs {MIN_VALIDATION}"
+        return {"text": f"Not ready: {needs}", "class": "bad"}
     told = counted(len(warnings), "warning") if warnings else "no warnings"
     return {
         "text": f"Ready: {photos['train']:,} + {photos['val']:,} photographs, {told}",

@@ -7,7 +7,6 @@ target = make_target(prompt.text, None)
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.analysis import DIMENSIONS7, DIMENSIONS8, canonical_name
 from common.data.database import open_database
 from common.data.quality import Target, placeholders_of
 from common.errors import UserError
@@ -15,9 +14,8 @@ from integration.lora_patch.prompts import (
     DEFAULT_SYSTEM_PROMPT,
     build_prompt,
     demands_html,
-    prompt_dimensions,
-    prompt_example_scores,
     read_prompts,
+    read_specification,
 )
 
 
@@ -67,11 +65,5 @@ def service_prompt(advisor: str, databases: list[Path], system_file: Path | None
 
 
 def make_target(prompt: str, dimensions: str | None) -> Target:
-    """Return what responses must look like: the dimensions the prompt asks for, or those of ``--dimensions``."""
-    if dimensions:
-        named = {"7": DIMENSIONS7, "8": DIMENSIONS8}.get(dimensions.strip())
-        names = named or tuple(canonical_name(name) for name in dimensions.split(",") if name.strip())
-    else:
-        names = tuple(canonical_name(name) for name in prompt_dimensions(prompt)) or DIMENSIONS7
-    scores, overall = prompt_example_scores(prompt)
-    return Target(names, placeholders_of(prompt), tuple(scores), overall)
+    """Return what responses must look like: what the prompt demands, or with the dimensions of ``--dimensions``."""
+    return Target(read_specification(prompt, dimensions), placeholders_of(prompt))

@@ -1,12 +1,14 @@
 """The quality gates: what makes an analysis worth training on, each with a name, a default and a switch.
 
+    analysis, _ = target.as_trained(row["analysis"])
     verdicts = judge(row, analysis, target)      # {gate: what it found} for one analysis
     levels = read_levels(("copied_scores=reject",))
 
-A gate rejects, warns or is off. Those that compare analyses with each other (`duplicates`, `boilerplate`) are judged
-by `Crowd` when all have been seen.
+A gate rejects, masks scores, warns or is off. Those that compare analyses with each other (`duplicates`,
+`boilerplate`) are judged by `Crowd` when all have been seen.
 """
 
+import contextlib
 import re
 from array import array
 from collections import Counter
@@ -15,12 +17,13 @@ from hashlib import blake2b
 
 import numpy as np
 
-from common.analysis import compact_json, mean_score, texts_of
+from common.analysis import compact_json, texts_of
 from common.errors import UserError
 from common.language import foreign_text
 from integration.lora_patch.repetition import repeated_phrase
+from integration.lora_patch.specification import PromptSpecification, mean_score
 
-LEVELS = ("reject", "warn", "off")
+LEVELS = ("reject", "mask", "warn", "off")  # mask: copied_scores alone
 OVERALL_TOLERANCE = 0.5  # points between the overall score and the mean of the dimensions
 SCORES = (1, 10)  # what the JSON system prompt allows
 
@@ -34,16 +37,24 @@ class Gate:
 
 
 GATES = {
-    "schema": Gate("reject", "lacks the description, a comment, a recommendation, the overall score or a dimension"),
+    "schema": Gate(
+        "reject",
+        "lacks the description, a comment, a recommendation, a dimension or a key that only its prompt asks for",
+    ),
     "score_range": Gate("reject", "a score is not from 1 to 10"),
     "whole_scores": Gate("warn", "a dimension's score is not a whole number, as the prompt demands"),
     "language": Gate("reject", "not written in English, as the service demands"),
     "repetition": Gate("reject", "degenerate repetition: the same words again and again"),
-    "word_salad": Gate("warn", "strings of words without grammar, as a model writes that has been pushed too far"),
+    "word_salad": Gate("reject", "strings of words without grammar, as a model writes that has been pushed too far"),
     "comments": Gate("reject", "comments or recommendations are near-empty, or the prompt's own placeholders"),
     "duplicates": Gate("reject", "word for word the analysis of another photograph: a stuck model"),
-    "overall": Gate("reject", f"the overall score is over {OVERALL_TOLERANCE} from the mean of the dimensions"),
-    "copied_scores": Gate("warn", "exactly the scores of the example that stands in its own prompt"),
+    "overall": Gate(
+        "warn",
+        f"the overall score is missing or over {OVERALL_TOLERANCE} from the dimensions' mean, which takes its place",
+    ),
+    "copied_scores": Gate(
+        "mask", "the scores of the example in its own prompt, or all but one; mask: only its texts are trained on"
+    ),
     "boilerplate": Gate("warn", "comments that it shares with other dimensions or with several other photographs"),
     "flat_scores": Gate("warn", "every dimension has the same score"),
     "sections": Gate("warn", "lacks key strengths, priority improvements or technical notes"),
@@ -51,6 +62,7 @@ GATES = {
     "mends": Gate("off", "was readable only after mending (--no_mend: reject)"),
 }
 
+SECTIONS = ("key_strengths", "priority_improvements", "technical_notes")
 _MIN_LETTERS, _MAX_WORDS = 8, 120
 # English's small words; of 98 real analyses 96 have no more than 1.4% of their words in runs of seven and more without
 # one and never put one of `_NOT_AFTER_ARTICLE` after an article, the two runaway ones have 55% and 66% in such runs
@@ -71,12 +83,32 @@ _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 
 @dataclass(frozen=True)
 class Target:
-    """What examples are prepared for: the prompt's dimensions, and its texts, which are no comments."""
+    """What examples are prepared for: what the prompt demands, and its example's texts, which are no comments."""
 
-    dimensions: tuple[str, ...]
+    specification: PromptSpecification
     placeholders: frozenset[str]
-    scores: tuple[int, ...] = ()  # of the example in the prompt, where a job's own prompt is not known
-    overall: float | None = None
+
+    def as_trained(self, analysis: dict) -> tuple[dict, bool]:
+        """Return (an analysis with the prompt's dimensions alone, whether some were dropped).
+
+        An overall score that is missing or far from the mean of the dimensions gives way to that mean.
+        """
+        dropped = False
+        with contextlib.suppress(KeyError):  # a dimension is lacking: the gate schema says so
+            analysis, dropped = self.specification.project(analysis)
+        return analysis | (
+            {"overall_score": mean_score(analysis["dimensions"])} if overall_fault(analysis) else {}
+        ), dropped
+
+
+def overall_fault(analysis: dict) -> str | None:
+    """Say what is wrong with an overall score, which the prompt defines as the mean of the dimensions."""
+    mean = mean_score(analysis["dimensions"])
+    if "overall_score" not in analysis:
+        return f"missing; the dimensions give {mean}"
+    if abs(analysis["overall_score"] - mean) > OVERALL_TOLERANCE + 1e-9:
+        return f"{analysis['overall_score']} where the dimensions give {mean}"
+    return None
 
 
 def placeholders_of(prompt: str) -> frozenset[str]:
@@ -91,29 +123,25 @@ def read_levels(switches: tuple[str, ...], no_mend: bool = False) -> dict[str, s
     levels = {name: gate.default for name, gate in GATES.items()}
     for switch in switches:
         name, _, level = switch.partition("=")
-        if name not in GATES or level not in LEVELS:
-            raise UserError(f"--gate {switch}: write NAME=LEVEL, LEVEL {', '.join(LEVELS)}, NAME {', '.join(GATES)}")
+        if name not in GATES or level not in LEVELS or (level == "mask" and name != "copied_scores"):
+            raise UserError(
+                f"--gate {switch}: write NAME=LEVEL, LEVEL reject, warn or off (copied_scores: mask too), "
+                f"NAME {', '.join(GATES)}"
+            )
         levels[name] = level
     if no_mend:
         levels["mends"] = "reject"
     return levels
 
 
-def judge(row: dict, source: dict, analysis: dict, target: Target) -> dict[str, str]:
-    """Return {gate: finding} of one analysis. ``source`` is it as linked, ``analysis`` as it would be trained on."""
+def judge(row: dict, analysis: dict, target: Target) -> dict[str, str]:
+    """Return {gate: finding} of a manifest row; ``analysis`` is its analysis as it would be trained on."""
     found: dict[str, str] = {}
-    dimensions = analysis["dimensions"]
-    texts = texts_of(analysis)
-    if lacking := _lacking(analysis, target):
-        found["schema"] = "lacks " + lacking
-    wrong = [d for d in dimensions if not SCORES[0] <= d["score"] <= SCORES[1]]
-    if wrong:
-        found["score_range"] = f"{wrong[0]['name']} has {wrong[0]['score']}"
-    elif not SCORES[0] <= analysis.get("overall_score", SCORES[0]) <= SCORES[1]:
-        found["score_range"] = f"the overall score is {analysis['overall_score']}"
-    fractions = [d for d in dimensions if not isinstance(d["score"], int)]
-    if fractions:
-        found["whole_scores"] = f"{fractions[0]['name']} has {fractions[0]['score']}"
+    dimensions, texts = analysis["dimensions"], texts_of(analysis)
+    lacking = [what for what in target.specification.lacking(analysis) if what not in SECTIONS]
+    if lacking:
+        found["schema"] = f"lacks {', '.join(lacking[:4])}" + (f" and {len(lacking) - 4} more" if lacking[4:] else "")
+    found |= _score_faults(analysis, target.specification)
     if strange := foreign_text(analysis):
         found["language"] = strange
     if repeated := next((quote for text in texts if (quote := repeated_phrase(text))), None):
@@ -122,14 +150,11 @@ def judge(row: dict, source: dict, analysis: dict, target: Target) -> dict[str, 
         found["word_salad"] = salad
     if poor := _poor_comment(dimensions, target.placeholders):
         found["comments"] = poor
-    gap = abs(analysis.get("overall_score", mean_score(dimensions)) - mean_score(dimensions))
-    if gap > OVERALL_TOLERANCE + 1e-9:
-        found["overall"] = f"{analysis['overall_score']} where the dimensions give {mean_score(dimensions)}"
-    if copied := copied_scores(row, source, target):
+    if len(row["analysis"]["dimensions"]) == len(dimensions) and (fault := overall_fault(row["analysis"])):
+        found["overall"] = fault
+    if copied := copied_scores(row, target.specification):
         found["copied_scores"] = copied
-    if len(dimensions) >= 5 and len({d["score"] for d in dimensions}) == 1:
-        found["flat_scores"] = f"{dimensions[0]['score']} throughout"
-    absent = [key for key in ("key_strengths", "priority_improvements", "technical_notes") if key not in analysis]
+    absent = [key for key in SECTIONS if key not in analysis]
     if absent:
         found["sections"] = "without " + ", ".join(absent)
     long = max(d.get(key, "").count(" ") + 1 for d in dimensions for key in ("comment", "recommendation"))
@@ -140,24 +165,41 @@ def judge(row: dict, source: dict, analysis: dict, target: Target) -> dict[str, 
     return found
 
 
-def copied_scores(row: dict, source: dict, target: Target) -> str | None:
-    """Say how an analysis carries the scores of the example in its own prompt; None when it does not."""
-    example = row.get("prompt_scores") or list(target.scores)
-    if not example or [d["score"] for d in source["dimensions"]] != list(example):
+def _score_faults(analysis: dict, specification: PromptSpecification) -> dict[str, str]:
+    """Return what the gates of scores find."""
+    found = {}
+    scores = {d["name"]: d["score"] for d in analysis["dimensions"]}
+    for name, score in {**scores, "the overall score": analysis["overall_score"]}.items():
+        if not SCORES[0] <= score <= SCORES[1]:
+            found.setdefault("score_range", f"{name} is {score}")
+    whole = any(field.kind == "whole" for field in specification.dimension_fields)
+    fraction = next((name for name, score in scores.items() if score != int(score)), None) if whole else None
+    if fraction:
+        found["whole_scores"] = f"{fraction} is {scores[fraction]}"
+    if len(scores) >= 5 and len(set(scores.values())) == 1:
+        found["flat_scores"] = f"{next(iter(scores.values()))} throughout"
+    return found
+
+
+def copied_scores(row: dict, specification: PromptSpecification) -> str | None:
+    """Say how a row's analysis, as linked, carries the scores of the example in its own prompt; None if it does not.
+
+    All scores, or all but one of at least four; ``row["prompt_scores"]`` are those of the job's own prompt, where it is
+    known, else today's prompt is asked.
+    """
+    source, own = row["analysis"], bool(row.get("prompt_scores"))
+    example = list(row["prompt_scores"] if own else specification.example_scores)
+    overall = row.get("prompt_overall") if own else specification.example_overall
+    scores = {d["name"]: d["score"] for d in source["dimensions"]}
+    if not example or len(example) != len(scores):
         return None
-    overall = row.get("prompt_overall") if row.get("prompt_scores") else target.overall
-    with_overall = f" with {overall}" if overall is not None and source.get("overall_score") == overall else ""
-    return ", ".join(map(str, example)) + with_overall
-
-
-def _lacking(analysis: dict, target: Target) -> str:
-    """Say what the response lacks that every answer has; "" for a whole one."""
-    names = [d["name"] for d in analysis["dimensions"]]
-    lacking = [f"the dimension {name}" for name in target.dimensions if name not in names]
-    lacking += [key for key in ("image_description", "overall_score") if key not in analysis]
-    for d in analysis["dimensions"]:
-        lacking += [f"{d['name']}'s {key}" for key in ("comment", "recommendation") if key not in d]
-    return ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
+    other = [name for (name, score), theirs in zip(scores.items(), example, strict=True) if score != theirs]
+    if len(other) > 1 or (other and len(scores) < 4):
+        return None
+    told = ", ".join(f"{score:g}" for score in example)
+    if other:
+        return f"{told} but for {other[0]}"
+    return told + (f" with {overall:g}" if overall is not None and source.get("overall_score") == overall else "")
 
 
 def word_salad(texts: list[str]) -> str | None:

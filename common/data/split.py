@@ -12,15 +12,19 @@ train: validation stays what it was. Where the record is lost, the hashes still 
 """
 
 import base64
+import contextlib
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.data.near_duplicates import THUMB_LOAD, is_thumb, thumb_of
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import read_json, read_rows
+from common.schemas import SPLIT_PHOTOGRAPH, SPLIT_RECORD, fault
 from common.tables import counted
+from integration.lora_patch.photo import PhotoError, load_photo
 
 SCHEMA_VERSION = 1
 STRATUM = 0.5  # points of overall score
@@ -33,7 +37,7 @@ class Record:
     seed: int
     val_split: float
     sides: dict[str, str] = field(default_factory=dict)  # "train" or "val"
-    thumbs: dict[str, bytes] = field(default_factory=dict)
+    thumbs: dict[str, bytes] = field(default_factory=dict)  # of those that could be read
 
     @classmethod
     def read(cls, path: Path) -> "Record | None":
@@ -41,40 +45,59 @@ class Record:
         if not path.exists():
             return None
         value = read_json(path)
-        try:
-            photos = value["photographs"]
-            return cls(
-                int(value["seed"]),
-                float(value["val_split"]),
-                {sha: _side(photo["side"]) for sha, photo in photos.items()},
-                {sha: base64.b64decode(photo["thumb"]) for sha, photo in photos.items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{path}: not a split record ({error}); restore it, or split anew with --resplit"
-            ) from error
+        problem = fault(value, SPLIT_RECORD) if isinstance(value, dict) else "a JSON object was expected"
+        photos = {} if problem else value["photographs"]
+        for sha, photo in photos.items():
+            what = fault(photo, SPLIT_PHOTOGRAPH) if isinstance(photo, dict) else "a JSON object was expected"
+            problem = problem or (what and f"{sha[:16]}: {what}")
+        if problem:
+            raise UserError(f"{path}: not a split record ({problem}); restore it, or split anew with --resplit")
+        sides = {sha: photo["side"] for sha, photo in photos.items()}
+        thumbs = {sha: base64.b64decode(photo.get("thumb", "")) for sha, photo in photos.items()}
+        thumbs = {sha: thumb for sha, thumb in thumbs.items() if is_thumb(thumb)}  # not those of an earlier version
+        return cls(value["seed"], value["val_split"], sides, thumbs)
 
-    def write(self, path: Path) -> None:
-        """Write the record, photographs sorted."""
+    def to_dict(self) -> dict:
+        """Return the record as it is written, photographs sorted."""
         photos = {
-            sha: {"side": self.sides[sha], "thumb": base64.b64encode(self.thumbs[sha]).decode()}
+            sha: {"side": self.sides[sha]}
+            | ({"thumb": base64.b64encode(self.thumbs[sha]).decode()} if sha in self.thumbs else {})
             for sha in sorted(self.sides)
         }
-        write_json(
-            path,
-            {
-                "schema_version": SCHEMA_VERSION,
-                "seed": self.seed,
-                "val_split": self.val_split,
-                "photographs": photos,
-            },
-        )
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "seed": self.seed,
+            "val_split": self.val_split,
+            "photographs": photos,
+        }
 
 
-def _side(value: str) -> str:
-    if value not in ("train", "val"):
-        raise ValueError(f"{value!r} is no side")
-    return value
+def recovered(files: dict[str, Path], seed: int, val_split: float) -> Record | None:
+    """Return the sides that existing ``{"train": path, "val": path}`` files tell of, where their record is gone.
+
+    None where there are no such files. The photographs that can still be read get their thumbnails. UserError for
+    files that do not tell which photographs they are of.
+    """
+    there = {side: path for side, path in files.items() if path.exists()}
+    if not there:
+        return None
+    record = Record(seed, val_split)
+    for side, path in there.items():
+        for number, row in read_rows(path):
+            hashes = row.get("image_sha256")
+            hashes = [hashes] if isinstance(hashes, str) else hashes
+            images = row.get("image_path") or row.get("images")
+            images = [images] if isinstance(images, str) else images
+            if not isinstance(hashes, list) or not isinstance(images, list) or len(hashes) != len(images):
+                raise UserError(
+                    f"{path}:{number}: does not tell its photograph, and the split record is gone; restore the record, "
+                    "or split anew with --resplit"
+                )
+            for sha, image in zip(hashes, images, strict=True):
+                record.sides[sha] = side
+                with contextlib.suppress(PhotoError):
+                    record.thumbs[sha] = thumb_of(load_photo(image, THUMB_LOAD))
+    return record
 
 
 def settle(

@@ -3,15 +3,15 @@
 import click
 
 from common.data.database import shown
-from common.data.findings import copied_sentence, findings_of
+from common.data.findings import findings_of
 from common.data.preparation import REASONS, Arrangement, Choice, Lengths
 from common.data.quality import GATES
 from common.tables import counted, paragraph, table
 
 
 def print_quality(choice: Choice, dimensions: tuple[str, ...]) -> None:
-    """Print how many analyses carry the example's scores, further signs of bad data, and what each gate found."""
-    click.echo("\n" + paragraph(copied_sentence(choice.candidates)["text"]))
+    """Print what is left to learn from, signs of bad data, and what each gate found."""
+    click.echo("\n" + paragraph(choice.left_to_learn["text"]))
     for finding in findings_of(choice.candidates, dimensions):
         click.echo(paragraph(f"- {finding}", "  ", "  "))
     rows = [

@@ -1,21 +1,26 @@
 """Preparing: gates and their switches, the prompt, what is kept, no leak, the same sides and bytes again."""
 
+import contextlib
 import io
 import json
+import os
+import random
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import prepare_training_data
-from common.analysis import DIMENSIONS7, DIMENSIONS8, check_strict, compact_json
+from common.analysis import DIMENSIONS7, DIMENSIONS8
 from common.data import link_report
 from common.data.near_duplicates import group_photos, thumb_of
-from common.data.quality import GATES
-from common.dataset import load_examples
+from common.data.quality import GATES, word_salad
+from common.dataset import load_examples, read_meta
+from common.errors import UserError
 from common.files import sha256_file
 from integration.lora_patch.photo import load_photo
-from integration.lora_patch.prompts import DEFAULT_SYSTEM_PROMPT
+from integration.lora_patch.prompts import DEFAULT_SYSTEM_PROMPT, read_specification
 from integration.lora_patch.repetition import repeated_phrase
 from tests.data.test_html_analysis import card, page
 from tests.mondrian_case import HTML_PROMPT, SYSTEM_PROMPT, Tree, analysis, picture
@@ -48,11 +53,12 @@ def test_dataset_rows(tree: Tree):
     assert row == {
         "image_path": str(tree.source / "photo-3.jpg"),
         "prompt": f"{SYSTEM_PROMPT}\n\nBe ansel.\n\nAnalyze the provided image.",
-        "response": compact_json(analysis(3)),
+        "response": read_specification(SYSTEM_PROMPT).render(analysis(3)),
         "job_id": "good-3",
         "image_sha256": sha256_file(tree.source / "photo-3.jpg"),
+        "masked_spans": [],
     }
-    assert all(check_strict(row["response"], DIMENSIONS7) == [] for row in rows)
+    assert all(read_specification(row["prompt"]).check(row["response"]) == [] for row in rows)
 
 
 def test_both_formats_are_read_alike(tree: Tree):
@@ -61,7 +67,7 @@ def test_both_formats_are_read_alike(tree: Tree):
     triplets = load_examples(path)
     ready(tree, "--format", "messages")
     (first, *_) = tree.rows("ansel_train")
-    assert list(first) == ["messages", "images", "job_id", "image_sha256"]
+    assert list(first) == ["messages", "images", "job_id", "image_sha256", "masked_spans"]
     assert load_examples(path) == triplets
 
 
@@ -74,7 +80,7 @@ def test_meta_names_what_was_written(tree: Tree):
     }
     assert meta["manifest"]["sha256"] == sha256_file(out / "training_data_manifest.jsonl")
     assert (meta["counts"]["linked"], meta["counts"]["train"], meta["counts"]["val"], meta["seed"]) == (10, 8, 2, 42)
-    assert meta["gates"]["copied_scores"] == {"level": "warn", "found": 0, "rejected": 0, "job_ids": []}
+    assert meta["gates"]["copied_scores"] == {"level": "mask", "found": 0, "rejected": 0, "job_ids": []}
 
 
 def test_dry_run_writes_nothing(tree: Tree):
@@ -116,7 +122,6 @@ SALAD = (
 BAD = {
     "schema": {"image_description": ""},
     "schema 2": {"dimensions": dimensions(lambda d: {k: v for k, v in d.items() if k != "recommendation"})},
-    "schema 3": {"overall_score": None},
     "score_range": {"dimensions": dimensions(lambda d: {**d, "score": 0}), "overall_score": 0},
     "whole_scores": {"dimensions": dimensions(lambda d: {**d, "score": d["score"] - 0.5})},
     "language": {"image_description": CHINESE},
@@ -127,6 +132,7 @@ BAD = {
     "comments": {"dimensions": dimensions(lambda d: {**d, "comment": "Good."})},
     "comments 2": {"dimensions": dimensions(lambda d: {**d, "comment": "What works"})},
     "overall": {"overall_score": 9.9},
+    "overall 2": {"overall_score": None},
     "flat_scores": {"dimensions": dimensions(lambda d: {**d, "score": 5}), "overall_score": 5.0},
     "sections": {"technical_notes": ""},
     "length": {"dimensions": dimensions(lambda d: {**d, "comment": " ".join(f"a stone of {i}," for i in range(40))})},
@@ -164,31 +170,109 @@ def test_defaults_are_as_documented(tree: Tree):
     assert result.exit_code == 1 and result.stderr.startswith("Error: --gate nonsense=warn: write NAME=LEVEL")
 
 
-def copied(seed: int) -> dict:
-    scores = (8, 7, 9, 6, 7, 8, 7)
+EXAMPLE = (8, 7, 9, 6, 7, 8, 7)  # the scores in SYSTEM_PROMPT
+
+
+def scored(seed: int, scores: tuple[int, ...] = EXAMPLE, overall: float = 7.4) -> dict:
     listed = [{**d, "score": score} for d, score in zip(analysis(seed)["dimensions"], scores, strict=True)]
-    return analysis(seed, dimensions=listed, overall_score=7.4)
+    return analysis(seed, dimensions=listed, overall_score=overall)
 
 
-def test_copied_scores_come_first(tree: Tree):
-    for seed in range(60, 75):
-        tree.job(f"copied-{seed}", tree.photo(f"{seed}.jpg", seed), copied(seed), prompt=SYSTEM_PROMPT)
-    tree.job(
-        "not its own", tree.photo("80.jpg", 80), copied(80), prompt=SYSTEM_PROMPT.replace('"score":8', '"score":3')
-    )
+def masked(row: dict) -> list[str]:
+    return [row["response"][start:end] for start, end in row["masked_spans"]]
+
+
+def add_copies(tree: Tree) -> None:
+    for seed in range(60, 72):
+        tree.job(f"exact-{seed}", tree.photo(f"{seed}.jpg", seed), scored(seed), prompt=SYSTEM_PROMPT)
+    for seed in range(72, 75):
+        near = scored(seed, (8, 7, 9, 6, 7, 8, 4), 7.0)
+        tree.job(f"near-{seed}", tree.photo(f"{seed}.jpg", seed), near, prompt=SYSTEM_PROMPT)
+    other = SYSTEM_PROMPT.replace('"score":8', '"score":3')
+    tree.job("not its own", tree.photo("80.jpg", 80), scored(80), prompt=other)
+
+
+def test_copied_scores_are_kept_for_their_comments(tree: Tree):
+    add_copies(tree)
     result = ready(tree)
-    sentence = "15 of 26 analyses (58%) carry exactly the scores of the example in their own prompt"
-    summary = " ".join(result.output[result.output.index("Copied scores") :].split())
-    assert summary.startswith(f"Copied scores: {sentence}")
+    sentence = (
+        "Left to learn: comments of 26 photographs, scores of 11. 15 of 26 analyses (58%) carry the scores of the "
+        "example in their own prompt, 3 of them but for one: their scores stay out of the loss."
+    )
+    summary = " ".join(result.output[result.output.index("Left to learn") :].split())
+    assert summary.startswith(sentence)
     card_text = (tree.folder / "out/training_data_ansel_card.html").read_text()
     lead = card_text[card_text.index("<main>") :].split("\n")[1:3]
-    assert lead[0].startswith('<h1 class="warn">Ready: 21 + 5 photographs, 1 warning')
-    assert "Copied scores: 15 of 26" in lead[1]
-    assert tree.meta()["copied_scores"]["share"] == round(15 / 26, 4)
-    ready(tree, "--gate", "copied_scores=reject")
-    assert {job for job, row in verdicts(tree).items() if row["reason"] == "copied_scores"} == {
-        f"copied-{seed}" for seed in range(60, 75)
+    assert lead[0].startswith('<h1 class="warn">Ready: 21 + 5 photographs, 1 warning') and sentence in lead[1]
+    learn = tree.meta()["left_to_learn"]
+    assert {key: learn[key] for key in learn if key != "text"} == {
+        "comments": 26,
+        "scores": 11,
+        "copied": 15,
+        "near": 3,
+        "of": 26,
     }
+    rows = {row["job_id"]: row for row in tree.rows("ansel_train") + tree.rows("ansel_val")}
+    assert masked(rows["exact-60"]) == ["8", "7", "9", "6", "7", "8", "7", "7.4"]
+    assert masked(rows["near-72"]) == ["8", "7", "9", "6", "7", "8", "4", "7.0"]
+    assert masked(rows["not its own"]) == masked(rows["good-0"]) == []
+
+
+def test_a_text_that_looks_like_a_score_is_not_masked(tree: Tree):
+    fake = 'A ridge in the last light of the day, with no score: ,"score":8,"overall_score":7.4,'
+    tree.job("fake", tree.photo("60.jpg", 60), {**scored(60), "image_description": fake}, prompt=SYSTEM_PROMPT)
+    ready(tree)
+    row = next(r for r in tree.rows("ansel_train") + tree.rows("ansel_val") if r["job_id"] == "fake")
+    assert masked(row) == ["8", "7", "9", "6", "7", "8", "7", "7.4"]
+    assert min(start for start, _ in row["masked_spans"]) > row["response"].index("7.4,")
+
+
+@pytest.mark.parametrize(("level", "told"), [("reject", "they are left out"), ("warn", "they are trained on")])
+def test_copied_scores_may_be_rejected_or_trained_on(tree: Tree, level: str, told: str):
+    add_copies(tree)
+    result = ready(tree, "--gate", f"copied_scores={level}")
+    assert told in " ".join(result.output.split())
+    kept = {job for job, row in verdicts(tree).items() if row["side"]}
+    assert any(job.startswith("exact") for job in kept) == (level == "warn")
+    assert not any(row["masked_spans"] for row in tree.rows("ansel_train"))
+
+
+def test_nothing_but_copied_scores_stops_until_it_is_accepted(tmp_path: Path):
+    tree = Tree(tmp_path)
+    for seed in range(8):
+        tree.job(f"copied-{seed}", tree.photo(f"{seed}.jpg", seed), scored(seed), prompt=SYSTEM_PROMPT)
+    tree.link()
+    result = tree.prepare()
+    assert result.exit_code == 5 and "Traceback" not in result.output
+    assert result.stderr.splitlines()[-1].startswith("Error: no scores are left to learn from")
+    assert not list((tmp_path / "out").glob("*ansel_train*"))
+    ready(tree, "--accept_copied_scores")
+    assert len(tree.rows("ansel_train")) == 6 and all(row["masked_spans"] for row in tree.rows("ansel_train"))
+
+
+def test_a_wrong_overall_score_gives_way_to_the_mean(tree: Tree):
+    tree.job("wrong", tree.photo("60.jpg", 60), analysis(60, overall_score=1.0))
+    tree.job("none", tree.photo("61.jpg", 61), analysis(61, overall_score=None))
+    ready(tree)
+    rows = {row["job_id"]: json.loads(row["response"]) for row in tree.rows("ansel_train") + tree.rows("ansel_val")}
+    for job in ("wrong", "none"):
+        scores = [d["score"] for d in rows[job]["dimensions"]]
+        assert rows[job]["overall_score"] == round(sum(scores) / 7 + 1e-9, 1)
+        assert set(verdicts(tree)[job]["verdicts"]) == {"overall"}
+
+
+def test_word_salad():
+    prose = [f"The light on ridge {i} leads the eye to a tree, and the sky holds back." for i in range(12)]
+    assert word_salad(prose) is None and word_salad([]) is None
+    terse = ["Strong lines, good balance, clear focal point.", "Soft light; muted tones; calm mood."] * 6
+    assert word_salad(terse) is None
+    assert "without a small word" in word_salad([SALAD, *prose[:3]])
+    rng = random.Random(0)
+    shuffled = [" ".join(rng.sample(text.split(), len(text.split()))) for text in prose]
+    assert "articles" in word_salad(shuffled)
+    start = time.process_time()
+    word_salad(["word " * 200_000, "the " * 200_000, "a" * 1_000_000])
+    assert time.process_time() - start < 5
 
 
 def test_one_analysis_for_several_photographs(tree: Tree):
@@ -256,7 +340,7 @@ def test_an_html_prompt_gives_way_to_the_built_in_one(tmp_path: Path):
     assert tree.rows("ansel_train")[0]["prompt"].startswith(DEFAULT_SYSTEM_PROMPT)
     own = tmp_path / "own.txt"
     own.write_text("Be <AdvisorName>.")
-    ready(tree, "--system_prompt", str(own))
+    ready(tree, "--system_prompt", str(own), "--dimensions", "7")
     assert tree.rows("ansel_train")[0]["prompt"] == "Be ansel.\n\nBe ansel.\n\nAnalyze the provided image."
     other = Tree(tmp_path / "other")
     ready(tree, "--prompts_db", str(other.folder / "mondrian.db"))
@@ -304,10 +388,10 @@ def test_the_newest_that_passes_all_gates_is_kept(tree: Tree):
     tree.job(
         "newest, with a warning", "photo-0.jpg", analysis(61, technical_notes=""), created_at="2026-02-02 10:00:00"
     )
-    tree.job("newest, rejected", "photo-0.jpg", analysis(62, overall_score=1.0), created_at="2026-02-03 10:00:00")
+    tree.job("newest, rejected", "photo-0.jpg", analysis(62, technical_notes=LOOP), created_at="2026-02-03 10:00:00")
     ready(tree)
     rows = verdicts(tree)
-    assert rows["newer"]["side"] and rows["newest, rejected"]["reason"] == "overall"
+    assert rows["newer"]["side"] and rows["newest, rejected"]["reason"] == "repetition"
     assert [rows[job]["detail"] for job in ("good-0", "newest, with a warning")] == [
         "job newer is kept for this photograph"
     ] * 2
@@ -342,6 +426,85 @@ def test_the_record_may_lie_elsewhere(tree: Tree):
     ready(tree, "--split_record", str(record))
     assert {path: sides_of(tree)[path] for path in before} == before
     assert len(json.loads(record.read_text())["photographs"]) == 20
+
+
+def test_a_lost_record_is_made_anew_from_the_files_of_the_round(tree: Tree):
+    tree.good(30, 20)
+    ready(tree, "--train_split", "0.7")
+    before, record = sides_of(tree), tree.folder / "out/training_data_ansel_split.json"
+    whole = json.loads(record.read_text())
+    record.unlink()
+    tree.good(20, 100)
+    result = ready(tree, "--train_split", "0.7")
+    assert f"{record} is gone: the sides of 40 photographs were taken from" in result.stderr.replace("\n  ", " ")
+    assert {path: sides_of(tree)[path] for path in before} == before
+    again = json.loads(record.read_text())["photographs"]
+    assert {sha: again[sha] for sha in whole["photographs"]} == whole["photographs"]
+    record.unlink()
+    val = tree.folder / "out/training_data_ansel_val.jsonl"
+    val.write_text(
+        json.dumps({key: value for key, value in tree.rows("ansel_val")[0].items() if key != "image_sha256"})
+    )
+    result = tree.prepare()
+    assert result.exit_code == 1
+    assert f"{val}:1: does not tell its photograph, and the split record is gone; restore the record" in result.stderr
+
+
+def test_the_order_of_the_manifest_changes_nothing(tree: Tree):
+    for seed in range(60, 70):
+        name = tree.photo(f"{seed}.jpg", seed)
+        for twin in "ab":
+            tree.job(f"{twin}-{seed}", name, analysis(seed + 100 * (twin == "a")), created_at="2026-03-01 10:00:00")
+    ready(tree)
+    out = tree.folder / "out"
+    names = [f"training_data_ansel_{name}" for name in ("train.jsonl", "val.jsonl", "verdicts.jsonl", "split.json")]
+    before = [(out / name).read_bytes() for name in names]
+    manifest = out / "training_data_manifest.jsonl"
+    lines = manifest.read_text().splitlines()
+    random.Random(0).shuffle(lines)
+    manifest.write_text("\n".join(lines))
+    for name in names:
+        (out / name).unlink()
+    assert tree.prepare().exit_code == 0
+    assert [(out / name).read_bytes() for name in names] == before
+
+
+def test_few_validation_photographs_are_told(tree: Tree):
+    result = ready(tree)
+    assert "2 of the 5 validation photographs that evaluation needs" in " ".join(result.stderr.split())
+    assert tree.meta()["headline"]["text"] == "Not ready: 2 validation photographs, and evaluation needs 5"
+    assert "validation photographs that" not in ready(tree, "--val_split", "0.5").stderr
+
+
+@pytest.mark.parametrize("kill_at", range(6))
+def test_a_killed_run_leaves_no_mixed_set(tree: Tree, monkeypatch: pytest.MonkeyPatch, kill_at: int):
+    ready(tree)
+    out = tree.folder / "out"
+    train, val = (out / f"training_data_ansel_{side}.jsonl" for side in ("train", "val"))
+    before = train.read_bytes()
+    tree.good(10, 60)
+    tree.link()
+    done, replace = [], os.replace
+
+    def killed(source, target):
+        if "ansel" in str(target) and "card" not in str(target):
+            if len(done) == kill_at:
+                raise SystemExit(9)
+            done.append(Path(target).name.removeprefix("training_data_ansel_"))
+        replace(source, target)
+
+    monkeypatch.setattr("common.files.os.replace", killed)
+    tree.prepare()
+    monkeypatch.undo()
+    assert done == ["split.json", "val.jsonl", "verdicts.jsonl", "meta.json", "train.jsonl"][:kill_at]
+    if kill_at == 5:
+        assert read_meta(train, val)["counts"]["linked"] == 20
+    else:
+        assert train.read_bytes() == before
+        with pytest.raises(UserError, match="prepare the data again") if kill_at > 1 else contextlib.nullcontext():
+            read_meta(train, val)
+    assert tree.prepare().exit_code == 0
+    assert read_meta(train, val)["counts"]["linked"] == 20 and not list(out.glob(".*.tmp"))
 
 
 def test_a_photograph_that_is_gone_still_guards_its_side(tree: Tree):
@@ -391,7 +554,7 @@ def test_an_interrupt_leaves_whole_files(tree: Tree, monkeypatch: pytest.MonkeyP
     assert {path.name: path.read_bytes() for path in out.glob("training_data_*")} == before
     monkeypatch.undo()
     tree.link()
-    monkeypatch.setattr(prepare_training_data, "data_card", interrupted)
+    monkeypatch.setattr(prepare_training_data, "write_set", interrupted)
     assert tree.prepare().exit_code == 130
     assert not list(out.glob("*.tmp")) and not list(out.glob(".*.tmp"))
     monkeypatch.undo()
@@ -430,19 +593,21 @@ def test_damaged_manifests(tree: Tree):
     path = tree.folder / "out/training_data_manifest.jsonl"
     lines = path.read_text().splitlines()
     row = json.loads(lines[2])
-    damaged = [{**row, "image_thumb": "AAAA"}, {**row, "mends": "none"}, {**row, "analysis": {"dimensions": [{}]}}]
+    damaged = [{**row, "mends": "none"}, {**row, "analysis": {"dimensions": [{}]}}]
     path.write_text("\n".join([lines[0], lines[1][:-1], "[]", '{"job_id": "x"}', *map(json.dumps, damaged)]))
     result = tree.prepare()
     assert result.exit_code == 1
     assert [line.strip().removeprefix("Error: ") for line in result.stderr.splitlines()] == [
         f"{path}:2: not valid JSON (Expecting ',' delimiter); link the data again or mend the row",
         f"{path}:3: a JSON object was expected; link the data again or mend the row",
-        f"{path}:4: advisor, image_path, image_sha256, image_thumb, analysis is missing or of the wrong kind; link the "
-        "data again or mend the row",
-        f"{path}:5: image_thumb is damaged; link the data again or mend the row",
-        f"{path}:6: a field is of the wrong kind; link the data again or mend the row",
-        f"{path}:7: the analysis has no scored dimensions; link the data again or mend the row",
+        f"{path}:4: image_path, image_sha256, advisor, image_thumb, analysis missing; link the data again or mend "
+        "the row",
+        f'{path}:5: mends is "none"; a list of texts was expected; link the data again or mend the row',
+        f"{path}:6: analysis is a dict; an analysis with scored dimensions was expected; link the data again or mend "
+        "the row",
     ]
+    path.write_text(json.dumps({**row, "image_thumb": "AAAA"}))
+    assert tree.prepare().stderr == f"Error: {path}:1: image_thumb is not of this version; link the data again\n"
     assert not list((tree.folder / "out").glob("*ansel*"))
 
 
@@ -492,8 +657,8 @@ def test_the_card_shows_photographs_and_escapes_what_it_shows(tree: Tree):
 def test_progress_and_tables_fit_the_terminal(tree: Tree):
     tree.job("bad", tree.photo("60.jpg", 60), analysis(60, image_description=CHINESE))
     result = ready(tree)
-    after = result.stdout[result.stdout.index("Copied scores") :].splitlines()
-    assert max(map(len, (line for line in after if not line.startswith("wrote")))) <= 100
+    after = result.stdout[result.stdout.index("Left to learn") :].splitlines()
+    assert max(map(len, (line for line in after if "/" not in line))) <= 100  # paths and commands are not wrapped
 
 
 def test_length_is_counted_in_the_pixels_that_training_sees():

@@ -4,8 +4,11 @@ import random
 
 import pytest
 
+from common.data.near_duplicates import thumb_of
 from common.data.split import Record, assign, settle
 from common.errors import UserError
+from common.files import write_json
+from tests.mondrian_case import picture
 
 
 def groups_of(count: int, start: int = 0) -> list[list[str]]:
@@ -74,9 +77,10 @@ def test_train_gives_way_where_known_photographs_are_near():
 
 
 def test_the_record_comes_back_and_damage_is_told(tmp_path):
-    record = Record(42, 0.2, {"b": "val", "a": "train"}, {"a": b"\x00\x01", "b": b"\xff"})
+    thumb = thumb_of(picture(1))
+    record = Record(42, 0.2, {"b": "val", "a": "train", "gone": "val"}, {"a": thumb, "b": thumb})
     path = tmp_path / "split.json"
-    record.write(path)
+    write_json(path, record.to_dict())
     assert Record.read(path) == record
     assert Record.read(tmp_path / "none.json") is None
     path.write_text('{"photographs": {"a": {"side": "test"}}, "seed": 1, "val_split": 0.2}')
