@@ -98,8 +98,8 @@ versions: $(READY) ## table of the advisor's versions with their figures
 demo: $(READY) ## the whole pipeline on a sample tree and a tiny Qwen3-VL, in minutes
 	@$(RUN) tests/sample/demo.py --folder $(DEMO)
 
-bench: $(READY) ## time and memory of BASE_MODEL on this machine, as a row of README's table
-	@$(RUN) tests/benchmarks/bench_machine.py --base_model "$(BASE_MODEL)"
+bench: $(READY) ## what this machine needs for 100 photographs, as rows of README's table
+	@$(RUN) tests/benchmarks/bench_machine.py
 
 test: $(READY) ## run the tests
 	$(RUN) -m pytest
