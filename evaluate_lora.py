@@ -6,29 +6,31 @@
 
 Reads the adapter folder, and the base model and validation data that its training_args.json names. Writes
 evaluation/comparison_report.json (everything, recomputable) and .html (to read), logs raw outputs under
-evaluation/generations/ so that a broken run goes on, and fills the model card's evaluation section. Exits 0 only
-when every gate passes; prints a line for each that does not.
+evaluation/generations/ so that an interrupted run resumes, and fills the model card's evaluation section.
+Exit code: 0 promotable, 3 not shown to be good enough (unlikely, or not measured), 4 shown not to be (fail).
 """
 
 import common  # noqa: F401 - first: it says "run make setup" where packages are missing
 
 # isort: split
+import itertools
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 from tqdm import tqdm
 
-from common.cli import PhaseCommand, option_group, print_settings
-from common.errors import UserError
+from common.cli import PhaseCommand, command_line, next_step, option_group, print_settings, write_config
 from common.evaluation import report
-from common.evaluation import setup as held_out
-from common.evaluation.comparison import decided, judged
-from common.evaluation.gates import failed, load_gates
-from common.evaluation.generations import OutputLog, RecordedSource, Source
+from common.evaluation.comparison import recomputed
+from common.evaluation.gates import Gate, load_gates, undecided_speed
+from common.evaluation.generations import Item, OutputLog, RecordedSource, Source
+from common.evaluation.setup import Evaluation, Options, load_items, load_models, resolve
 from common.evaluation.tryout import make_task, try_photos
+from common.tables import paragraph
+from common.training.model_card import complete_card
+from integration.lora_patch.versions import parse_folder
 
 AUTO = "auto"
 
@@ -86,6 +88,13 @@ AUTO = "auto"
     type=click.IntRange(0),
     help="photographs timed one at a time, as the service serves them",
 )
+@click.option(
+    "--timing_seconds",
+    default=120.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="time for more timed runs, while they may decide a gate",
+)
 @click.option("--fresh", is_flag=True, help="generate anew what an earlier run with the same settings has logged")
 @click.option(
     "--from_outputs",
@@ -98,6 +107,7 @@ AUTO = "auto"
     type=click.Path(path_type=Path),
     help="TOML or JSON file that changes the gates (see common/evaluation/gates.py)",
 )
+@click.option("--strict", is_flag=True, help="promotable only if every gate passes; likely is not enough")
 @click.option(
     "--output_report",
     default="evaluation/comparison_report.json",
@@ -113,23 +123,20 @@ def main(ctx: click.Context, **options) -> None:
     if options["lora_path"] is None:
         raise click.UsageError("Missing option '--lora_path'.")
     started = time.time()
-    settings = SimpleNamespace(**options)
-    gates = load_gates(settings.gates)
-    held_out.resolve(settings)
-    for name in settings.found:  # from training_args.json, so no default
-        ctx.set_parameter_source(name, click.core.ParameterSource.DEFAULT_MAP)
-    print_settings(f"Evaluating {settings.lora_path}", held_out.shown(settings), ctx)
-    items = held_out.load_items(settings)
-    source = (
-        RecordedSource(settings.from_outputs, items) if settings.from_outputs else held_out.load_models(settings, items)
-    )
-    try:
-        rows = collect(source, items, settings)
-    except KeyboardInterrupt:
-        raise UserError("interrupted; what was generated is kept, the same command goes on from there") from None
-    comparison = decided(judged(report.assemble(settings, source, items, rows, time.time() - started)), gates)
-    report.write(comparison, settings, rows)
-    sys.exit(tell(comparison, settings))
+    gates, evaluation = load_gates(options["gates"]), resolve(Options(**options))
+    print_settings(f"Evaluating {evaluation.options.lora_path}", evaluation.settings(), ctx)
+    items = load_items(evaluation)
+    recorded = evaluation.options.from_outputs
+    source = RecordedSource(recorded, items) if recorded else load_models(evaluation, items)
+    rows = collect(source, items, evaluation) + time_arms(source, items, evaluation, gates)
+    assembled = report.assemble(evaluation, source, items, rows, time.time() - started)
+    comparison = recomputed(assembled, gates, evaluation.options.strict)
+    report.write(comparison, evaluation, rows)
+    write_config(evaluation.report.with_name(f"{evaluation.report.stem}_config.yaml"), leave_out=("fresh",))
+    if not recorded:
+        complete_card(evaluation.options.lora_path, report.card_section(comparison))
+    tell(comparison, evaluation)
+    sys.exit(comparison["verdict"]["exit_code"])
 
 
 def try_out(photos: tuple[Path, ...], advisor: str | None, versions: str | None, options: dict) -> None:
@@ -140,40 +147,39 @@ def try_out(photos: tuple[Path, ...], advisor: str | None, versions: str | None,
     try_photos(list(photos), task, Path(options["output_report"]).with_name("try.html"))
 
 
-def collect(source: Source, items: list, settings: SimpleNamespace) -> list[dict]:
-    """Return all rows of `common.evaluation.generations`: from the log what it has, from the source the rest."""
-    logs = {}
-    if not settings.from_outputs:
-        folder = settings.report.parent / "generations"
-        logs = {arm: OutputLog(folder, arm, source.settings(arm), settings.fresh) for arm in source.arms}
+def collect(source: Source, items: list[Item], evaluation: Evaluation) -> list[dict]:
+    """Return all rows of `common.evaluation.generations` but the timed ones: from the log what it has, from the source
+    the rest."""
+    options, logs = evaluation.options, {}
+    if not options.from_outputs:
+        folder = evaluation.report.parent / "generations"
+        logs = {arm: OutputLog(folder, arm, source.settings(arm), options.fresh) for arm in source.arms}
     rows = [{"kind": "arm", "arm": arm, "load_seconds": seconds} for arm, seconds in source.load_seconds.items()]
-    group = 4 * settings.batch_size  # the features of so many photographs are in memory at once
-    total = len(items) * len(source.arms) * settings.num_samples
+    group = 4 * options.batch_size  # the features of so many photographs are in memory at once
+    total = len(items) * len(source.arms) * options.num_samples
     with tqdm(total=total, unit="output", desc="generating") as bar:
         for first in range(0, len(items), group):
             for arm in source.arms:
-                rows += _collect_arm(
-                    source, arm, items[first : first + group], settings.num_samples, logs.get(arm), bar
-                )
-            getattr(source, "release", lambda: None)()
-    timed = items[: settings.timing_examples]
-    with tqdm(source.timings(timed), total=len(timed) * len(source.arms), unit="run", desc="timing") as bar:
-        return rows + list(bar)
+                bar.set_postfix_str(arm)
+                some = items[first : first + group]
+                if logs:
+                    rows += collect_arm(source, some, options.num_samples, logs[arm], bar)
+                else:
+                    rows += [*source.losses(arm, some), *source.outputs(arm, some, options.num_samples)]
+                    bar.update(len(some))
+            source.release()
+    return rows
 
 
-def _collect_arm(source: Source, arm: str, items: list, samples: int, log: OutputLog | None, bar: tqdm) -> list[dict]:
+def collect_arm(source: Source, items: list[Item], samples: int, log: OutputLog, bar: tqdm) -> list[dict]:
+    """Return the rows of one arm; what its log lacks is generated and logged."""
     by_index = {item.index: item for item in items}
-    bar.set_postfix_str(arm)
-    if log is None:
-        found = [*source.losses(arm, items), *source.outputs(arm, items, samples)]
-        bar.update(sum(row["kind"] == "output" for row in found))
-        return found
     lacking = [item for item in items if not log.has("loss", item)]
-    for row in source.losses(arm, lacking):
+    for row in source.losses(log.arm, lacking):
         log.add(row, by_index[row["example"]])
     lacking = [item for item in items if not all(log.has("output", item, sample) for sample in range(samples))]
     bar.update((len(items) - len(lacking)) * samples)
-    for row in source.outputs(arm, lacking, samples):
+    for row in source.outputs(log.arm, lacking, samples):
         log.add(row, by_index[row["example"]])
         bar.update()
     found = [log.get("loss", item) for item in items]
@@ -181,18 +187,46 @@ def _collect_arm(source: Source, arm: str, items: list, samples: int, log: Outpu
     return [row for row in found if row]
 
 
-def tell(comparison: dict, settings: SimpleNamespace) -> int:
-    """Print the verdict; return the exit code."""
-    for sentence in [row["sentence"] for row in comparison["verdict"]["comparisons"]] + comparison["warnings"]:
-        click.echo(sentence)
+def time_arms(source: Source, items: list[Item], evaluation: Evaluation, gates: list[Gate]) -> list[dict]:
+    """Return the timed rows: of --timing_examples photographs, then of more (and of the first ones again) until every
+    gate on speed is decided or --timing_seconds are spent."""
+    options = evaluation.options
+    if options.from_outputs:
+        return list(source.timings(items))
+    timed = items[: options.timing_examples]
+    with tqdm(source.timings(timed), total=len(timed) * len(source.arms), unit="run", desc="timing") as bar:
+        rows = list(bar)
+    until = time.monotonic() + options.timing_seconds
+    for item in itertools.cycle([*items[len(timed) :], *timed]):
+        if not timed or time.monotonic() > until or not undecided_speed(gates, rows, source.arms):
+            return rows
+        rows += source.timings([item])
+
+
+def tell(comparison: dict, evaluation: Evaluation) -> None:
+    """Print the gates, what they come to, and what to do next."""
+    verdict, page = comparison["verdict"], evaluation.report.with_suffix(".html")
     for row in comparison["gates"]:
-        click.echo(f"  {row['verdict']:<14} {row['title']} ({row['reason']})")
-    click.echo(f"Report: {settings.report} and {settings.report.with_suffix('.html')}")
-    reasons = failed(comparison["gates"])
-    for row in reasons:
-        click.echo(f"Gate failed: {row['title']}: {row['verdict']}; {row['reason']}", err=True)
-    click.echo("All gates pass." if not reasons else f"{len(reasons)} of {len(comparison['gates'])} gates failed.")
-    return 1 if reasons else 0
+        if row["verdict"] not in ("off", "not applicable"):
+            click.echo(paragraph(f"{row['verdict']:<14}{row['title']}: {row['reason']}", "  ", " " * 14))
+    sentences = [row["sentence"] for row in verdict["comparisons"]]
+    for sentence in [*sentences, *verdict["scores"], *comparison["warnings"]]:
+        click.echo(paragraph(sentence))
+    click.echo()
+    click.echo(paragraph(verdict["headline"]))
+    for sentence in verdict["decides"]:
+        click.echo(paragraph(f"To settle {sentence}", "  ", "  "))
+    folder, report_path = evaluation.options.lora_path, str(evaluation.report)
+    advisor, number = parse_folder(folder)
+    if verdict["promotable"] and advisor and not evaluation.options.from_outputs:
+        words = ["-m", "common.release.versions", "promote", "--advisor", advisor, "--work", folder.parent.parent]
+        command = command_line("python", *words, "--version", f"v{number}", "--report", report_path)
+        next_step(f"May ship. Report: {page}", command, target="promote")
+    elif verdict["promotable"]:
+        lacks = "a run of the model" if advisor else "a folder named qwen3-vl-4b-lora-ADVISOR"
+        click.echo(f"May ship; promotion needs {lacks}. Report: {page}")
+    else:
+        click.echo(f"Must not ship. Report, with the photographs that lost most: {page}")
 
 
 if __name__ == "__main__":

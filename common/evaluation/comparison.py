@@ -5,17 +5,19 @@ sentence in it can be recomputed (`recomputed`), by a reviewer or by promotion.
 """
 
 import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from common.analysis import parse_lenient
 from common.errors import UserError
-from common.evaluation import metrics
-from common.evaluation import scoring as judge
-from common.evaluation.gates import Gate, decide, failed, format_value
-from common.evaluation.generations import Item
-from common.evaluation.scoring import advisor_terms
+from common.evaluation import metrics, scoring
+from common.evaluation.gates import BLOCKING, Gate, decide, failed, format_value
+from common.evaluation.intervals import Figure
+from common.evaluation.metrics import CONSTANT, Summary
 from common.files import read_json
-from integration.lora_patch.prompts import prompt_example_scores
+from integration.lora_patch.specification import PromptSpecification
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND = "mondrian-lora-comparison"
 NAMES = {
     "base": "base",
@@ -23,69 +25,81 @@ NAMES = {
     "deployed": "deployed adapter",
     "base+grammar": "base under the grammar",
     "candidate+grammar": "candidate under the grammar",
+    "base+expected": "base, expected",
+    "candidate+expected": "candidate, expected",
+    "deployed+expected": "deployed, expected",
     "reference": "reference",
+    "constant": "one constant",
 }
+EXIT_CODES = {"pass": 0, "likely": 0, "unlikely": 3, "not measured": 3, "fail": 4}
 
 
-def prompt_facts(item: Item) -> dict:
-    """Return what a prompt asks for, as the report keeps it."""
-    prompt = item.example.prompt
-    return {
-        "text": prompt,
-        "dimensions": item.dimensions,
-        "terms": advisor_terms(prompt),
-        "example_scores": prompt_example_scores(prompt)[0],
-    }
+@dataclass(frozen=True)
+class Verdict:
+    """What a report says in the end."""
+
+    promotable: bool
+    strict: bool  # whether "pass" alone was promotable
+    word: str  # the worst of the gates: "pass", "likely", "unlikely", "not measured" or "fail"
+    exit_code: int  # of evaluate_lora.py
+    headline: str  # one sentence: what the adapter changes, and what blocks it
+    failed: list[str]  # the gates that keep it from promotion, a line each
+    decides: list[str]  # what would settle the gates that are not settled, a line each
+    comparisons: list[dict]  # {"arm", "versus", "finding", "sentence", "same_outputs"}
+    scores: list[str]  # sentences on the scores against their marks
+    cannot_conclude: list[str]  # what this many photographs leave open
+    one_by_one: list[int] | None  # [same, all]: timed runs with the batch's very text
 
 
 def judged(report: dict) -> dict:
     """Return a copy of a report with each raw output judged anew: "verdict" and "measures" beside "text"."""
     report = copy.deepcopy(report)
+    specifications = {
+        name: PromptSpecification.from_dict(prompt["specification"]) for name, prompt in report["prompts"].items()
+    }
     for example in report["examples"]:
-        prompt = report["prompts"][example["prompt"]]
-        reference, _ = judge.parse_lenient(example["response"])
-        example["reference"] = reference
-        reading = {"analysis": reference}
-        example["reference_measures"] = judge.measure(example["response"], reading, reference, prompt)
+        prompt, specification = report["prompts"][example["prompt"]], specifications[example["prompt"]]
+        reference, _ = parse_lenient(example["response"])
+        scores = scoring.reference_scores(example["response"], reference, example["masked_spans"])
+        example["reference"], example["reference_scores"] = reference, scores
+        example["reference_measures"] = scoring.measure(example["response"], {"analysis": reference}, reference, prompt)
         for outputs in example["outputs"].values():
             for output in outputs:
-                output["verdict"] = judge.judge(output["text"], output["finish"], prompt["dimensions"])
-                output["measures"] = judge.measure(output["text"], output["verdict"], reference, prompt)
+                output["verdict"] = scoring.judge(output["text"], output["finish"], specification)
+                output["measures"] = scoring.measure(output["text"], output["verdict"], reference, prompt)
     return report
 
 
-def decided(report: dict, gates: list[Gate]) -> dict:
+def decided(report: dict, gates: list[Gate], strict: bool = False) -> dict:
     """Return a judged report with "summary", "gates" and "verdict" filled in."""
-    arms = list(report["arms"])
-    summary = metrics.summarise(
-        report["examples"],
-        report["timings"],
-        arms,
-        {
-            arm: report["arms"][arm]["load_seconds"]
-            for arm in arms
-            if report["arms"][arm].get("load_seconds") is not None
-        },
-    )
+    summary = metrics.summarise(report)
     rows = decide(gates, summary)
-    verdict = {
-        "passed": not failed(rows),
-        "failed": [f"{row['title']}: {row['verdict']} ({row['reason']})" for row in failed(rows)],
-        "comparisons": [compared(report["examples"], summary, *pair) for pair in metrics.pairs(arms)],
-        "cannot_conclude": cannot_conclude(summary),
-        "one_by_one": one_by_one(report["examples"], report["timings"])
-        if not report["settings"]["temperature"]
-        else None,
-    }
-    return report | {"summary": summary, "gates": rows, "verdict": verdict}
+    blocking = failed(rows, strict)
+    worst = [word for word in (*BLOCKING, "likely") if any(row["verdict"] == word for row in rows)]
+    word = worst[0] if worst else "pass"
+    sampled = report["settings"]["temperature"]
+    verdict = Verdict(
+        not blocking,
+        strict,
+        word,
+        3 if blocking and word == "likely" else EXIT_CODES[word],
+        headline(summary, blocking),
+        [f"{row['title']}: {row['verdict']} ({row['reason']})" for row in blocking],
+        [f"{row['title']}: {row['decides']}" for row in rows if row["decides"]],
+        [compared(report["examples"], summary, *pair) for pair in metrics.pairs(list(report["arms"]))],
+        about_scores(report, summary),
+        cannot_conclude(summary),
+        None if sampled else one_by_one(report["examples"], report["timings"]),
+    )
+    return report | {"summary": summary.to_dict(), "gates": rows, "verdict": asdict(verdict)}
 
 
-def recomputed(report: dict, gates: list[Gate]) -> dict:
+def recomputed(report: dict, gates: list[Gate], strict: bool = False) -> dict:
     """Return a report computed again from its raw outputs, losses and timings."""
-    return decided(judged(report), gates)
+    return decided(judged(report), gates, strict)
 
 
-def read_report(path) -> dict:
+def read_report(path: Path) -> dict:
     """Read a comparison_report.json; UserError when it is none or of another schema."""
     report = read_json(path)
     if not isinstance(report, dict) or report.get("kind") != KIND:
@@ -97,42 +111,95 @@ def read_report(path) -> dict:
     return report
 
 
-def compared(examples: list[dict], summary: dict, ours: str, theirs: str) -> dict:
-    """Return {"arm", "versus", "finding", "sentence"}: whether one arm is better than another, and why.
+# -- sentences --------------------------------------------------------------------------------------------------------
+
+
+def headline(summary: Summary, blocking: list[dict]) -> str:
+    """Return one sentence that joins what the adapter changes with what keeps it from promotion."""
+    base, candidate = (summary.arms[arm] for arm in ("base", "candidate"))
+    parts = []
+    for name, words in (
+        ("format.strict", "answers are in the prompt's format {} instead of {}"),
+        ("scores.mae", "scores are {} off instead of {}"),
+        ("loss.nats", "the loss is {} instead of {}"),
+    ):
+        values = [figures.get(name, Figure(None, 0)).value for figures in (candidate, base)]
+        if None not in values:
+            digits = {"loss.nats": "{:.2f}", "scores.mae": "{:.1f} points"}.get(name, "{:.0%}")
+            ours, theirs = (digits.format(value) for value in values)
+            parts.append(words.format(ours, theirs.removesuffix(" points")))
+        if len(parts) == 2:
+            break
+    changes = " and ".join(parts) if parts else "nothing could be measured"
+    changes = changes[0].upper() + changes[1:]
+    if not blocking:
+        return f"{changes}; no gate stands against it."
+    return f"{changes}; blocked by {', '.join(row['title'].lower() + ' (' + row['verdict'] + ')' for row in blocking)}."
+
+
+def compared(examples: list[dict], summary: Summary, ours: str, theirs: str) -> dict:
+    """Return {"arm", "versus", "finding", "sentence", "same_outputs"}: whether one arm is better than another, and why.
 
     The finding rests on the loss (teacher-forced: no luck of sampling in it) and on the format; "better" or "worse"
     needs an interval that leaves out zero, and no contradiction between the two.
     """
     same, both = metrics.identical_outputs(examples, ours, theirs)
-    differences = summary["differences"][f"{ours}-{theirs}"]
-    signs = {}
-    for name in ("format.strict", "loss.nats"):
-        figure = differences.get(name, {})
-        signs[name] = _sign(figure) * (1 if metrics.kind(name).better == "higher" else -1) if figure else 0
-    loss = differences.get("loss.nats", {}).get("value")
+    found = {name: summary.difference(ours, theirs, name) for name in ("loss.nats", "format.strict")}
+    signs = [_sign(figure) * (1 if metrics.kind(name).better == "higher" else -1) for name, figure in found.items()]
+    loss = found["loss.nats"].value
     if both and same == both and not loss:
         finding = "no difference"
         sentence = f"No difference: {NAMES[ours]} and {NAMES[theirs]} gave the same outputs on all {both} photographs"
         sentence += " and have the same loss." if loss == 0 else "."
     else:
-        finding = {1: "better", -1: "worse", 0: "not shown"}[max(-1, min(1, sum(signs.values())))]
+        finding = {1: "better", -1: "worse", 0: "not shown"}[max(-1, min(1, sum(signs)))]
         opening = {
             "better": f"The {NAMES[ours]} is better than the {NAMES[theirs]}",
             "worse": f"The {NAMES[ours]} is worse than the {NAMES[theirs]}",
             "not shown": f"No difference between the {NAMES[ours]} and the {NAMES[theirs]} is shown",
         }[finding]
+        labels = {"loss.nats": "loss", "format.strict": "format compliance"}
         parts = [
-            f"{label} {format_value(name, differences[name]['value'], difference=True)} "
-            f"{_interval(name, differences[name])}"
-            for name, label in (("loss.nats", "loss"), ("format.strict", "format compliance"))
-            if differences.get(name, {}).get("value") is not None
+            f"{labels[name]} {format_value(name, figure.value, difference=True)} {_interval(name, figure)}"
+            for name, figure in found.items()
+            if figure.value is not None
         ]
         sentence = opening + (": " + ", ".join(parts) if parts else "") + "."
     return {"arm": ours, "versus": theirs, "finding": finding, "sentence": sentence, "same_outputs": [same, both]}
 
 
+def about_scores(report: dict, summary: Summary) -> list[str]:
+    """Return sentences on the scores: against one constant, the reference's own agreement, what was not counted."""
+    found, candidate = [], summary.arms["candidate"]
+    for name, label in (("scores.mae", "dimension scores"), ("overall.mae", "overall scores")):
+        ours, constant = (summary.arms.get(arm, {}).get(name) for arm in ("candidate", CONSTANT))
+        difference = summary.difference("candidate", CONSTANT, name)
+        if ours and constant and ours.value is not None and constant.value is not None:
+            beats = difference.high is not None and difference.high < 0
+            verb = "beats" if beats else "does not beat"
+            found.append(
+                f"The candidate {verb} one constant, the mean of the training scores, in the {label}: "
+                f"{ours.value:.2f} points off, the constant {constant.value:.2f}"
+                + ("." if beats else f" (difference {_interval(name, difference)[1:-1]}).")
+            )
+    own = summary.arms[metrics.REFERENCE].get("scores.mae")
+    if own and own.value is not None:
+        found.append(
+            f"Two analyses of one photograph by the reference lie {own.value:.2f} points apart ({own.n} photographs)."
+        )
+    unread = candidate.get("scores.unread")
+    if unread and unread.value:
+        found.append(
+            f"{100 * unread.value:.0f}% of the candidate's answers have no readable score and are in no score figure."
+        )
+    masked = sum(len(example["masked_spans"]) for example in report["examples"])
+    if masked:
+        found.append(f"{masked} reference scores were masked in training as copied; they are in no score figure.")
+    return found
+
+
 def one_by_one(examples: list[dict], timings: list[dict]) -> list[int] | None:
-    """Return [same, all] of the timed runs: for how many mlx-vlm, one at a time, gave the batch's very text.
+    """Return [same, all] of the timed runs: for how many a request alone gave the batch's very text.
 
     In float32 all agree; in 16 bits two tokens whose logits lie within rounding may swap, and the rest of the text
     then differs. None when there was nothing to compare.
@@ -142,66 +209,62 @@ def one_by_one(examples: list[dict], timings: list[dict]) -> list[int] | None:
     for row in timings:
         batched = outputs[row["example"]].get(row["arm"])
         if batched and "text" in row and "free" not in row:
-            # a run that the batch stopped in a loop went on here to the token limit
+            # a run that the batch stopped in a loop continued here to the token limit
             length = len(batched[0]["text"]) if batched[0]["finish"] == "loop" else None
             same.append(row["text"][:length] == batched[0]["text"])
     return [sum(same), len(same)] if same else None
 
 
-def cannot_conclude(summary: dict) -> list[str]:
+def cannot_conclude(summary: Summary) -> list[str]:
     """Return what this many photographs leave open, a sentence each."""
-    count, found = summary["photographs"], []
-    for arm, figures in summary["arms"].items():
-        figure = figures.get("format.strict", {})
-        if figure.get("low") is not None and figure["high"] - figure["low"] > 0.1:
-            value = format_value("format.strict", figure["value"])
+    found = []
+    for arm, figures in summary.arms.items():
+        figure = figures.get("format.strict")
+        if figure and figure.low is not None and figure.high - figure.low > 0.1:
             found.append(
-                f"Format compliance of the {NAMES[arm]}: {value} on {figure['n']} photographs is what a true share "
-                f"anywhere from {100 * figure['low']:.0f}% to {100 * figure['high']:.0f}% may give."
+                f"Format compliance of the {NAMES[arm]}: {format_value('format.strict', figure.value)} on {figure.n} "
+                f"photographs is what a true share anywhere from {100 * figure.low:.0f}% to {100 * figure.high:.0f}% "
+                "may give."
             )
-    for pair, differences in summary["differences"].items():
+    for pair in summary.differences:
         ours, theirs = pair.split("-")
-        open_figures = []
+        left_open = []
         for name in ("loss.nats", "overall.mae", "scores.mae", "overall.rank", "text.comments", "vocabulary.share"):
-            figure = differences.get(name, {})
-            if figure.get("low") is None or _sign(figure) or figure["low"] == figure["high"]:
+            figure = summary.difference(ours, theirs, name)
+            if figure.low is None or _sign(figure) or figure.low == figure.high:
                 continue
             needed = _needed(figure)
             more = f", which about {needed:,} photographs could tell" if needed else ""
-            value = format_value(name, figure["value"], difference=True)
-            open_figures.append(f"{metrics.kind(name).label} ({value}{more})")
-        if open_figures:
-            found.append(
-                f"The {NAMES[ours]} and the {NAMES[theirs]} cannot be told apart by: {'; '.join(open_figures)}."
-            )
-        rank = differences.get("overall.rank", {})
-        if rank and rank["value"] is None:
-            found.append(
-                f"Rank correlation of the overall score, {NAMES[ours]} against {NAMES[theirs]}: not defined, since one "
-                f"side gives every photograph the same score or too few can be read ({rank['n']} of {count})."
-            )
+            left_open.append(f"{metrics.kind(name).label} ({format_value(name, figure.value, difference=True)}{more})")
+        if left_open:
+            found.append(f"The {NAMES[ours]} and the {NAMES[theirs]} cannot be told apart by: {'; '.join(left_open)}.")
+    rank = summary.arms["candidate"].get("overall.rank")
+    if rank and rank.value is None:
+        found.append(
+            "Rank correlation of the candidate's overall score: not defined, since it gives every photograph the same "
+            f"score or too few can be read ({rank.n} of {summary.photographs})."
+        )
     return found
 
 
-def _sign(figure: dict) -> int:
+def _sign(figure: Figure) -> int:
     """Return 1 or -1 for a difference whose interval leaves out zero, else 0."""
-    low, high = figure.get("low"), figure.get("high")
-    if low is None or high is None:
+    if figure.low is None:
         return 0
-    return 1 if low > 0 else -1 if high < 0 else 0
+    return 1 if figure.low > 0 else -1 if figure.high < 0 else 0
 
 
-def _interval(name: str, figure: dict) -> str:
-    if figure.get("low") is None:
+def _interval(name: str, figure: Figure) -> str:
+    if figure.low is None:
         return "(no interval)"
-    low, high = (format_value(name, figure[side], difference=True, unit=False) for side in ("low", "high"))
+    low, high = (format_value(name, side, difference=True, unit=False) for side in (figure.low, figure.high))
     return f"(95%: {low} to {high})"
 
 
-def _needed(figure: dict) -> int | None:
+def _needed(figure: Figure) -> int | None:
     """Return how many photographs would shrink the interval to the difference itself: it falls as 1 / sqrt(n)."""
-    half = (figure["high"] - figure["low"]) / 2
-    if abs(figure["value"]) < half / 30:
+    half = (figure.high - figure.low) / 2
+    if abs(figure.value) < half / 30:
         return None
-    needed = round(figure["n"] * (half / abs(figure["value"])) ** 2)
-    return needed if needed > figure["n"] else None
+    needed = round(figure.n * (half / abs(figure.value)) ** 2)
+    return needed if needed > figure.n else None

@@ -1,14 +1,15 @@
-"""Where a comparison's raw outputs come from: the model, or a file; and the log from which a broken run goes on.
+"""Where a comparison's raw outputs come from: the model, or a file; and the log from which an interrupted run resumes.
 
-A source has ``arms`` (names, "base" first), ``load_seconds`` and `records`, which yields these rows, the same that
-`--sample_outputs` writes and `--from_outputs` reads back, one JSON object a line:
+A source has ``arms`` (names, "base" first), ``load_seconds``, ``facts`` and methods that yield these rows, the
+same that `--sample_outputs` writes and `--from_outputs` reads back (`common.schemas.OUTPUTS`), one JSON object a line:
 
     {"kind": "output", "arm": "base", "example": 0, "sample": 0, "text": "...", "finish": "stop", "tokens": 873}
     {"kind": "loss", "arm": "base", "example": 0, "sum": 612.5, "tokens": 880}
     {"kind": "timing", "arm": "base", "example": 0, "seconds": 2.1, "first_token_seconds": 0.3, "tokens": 873}
 
 ``example`` counts the rows of the validation file from 0. ``finish``: "stop" (end of turn), "length" (token limit) or
-"loop" (stopped in a repetition loop). A loss's ``sum`` is in nats over ``tokens`` supervised tokens.
+"loop" (stopped in a repetition loop). An output may have "expected_scores": {dimension or "overall_score": points},
+from the probabilities of the score's tokens. A loss's ``sum`` is in nats over ``tokens`` supervised tokens.
 """
 
 import hashlib
@@ -21,14 +22,9 @@ from typing import Protocol
 
 from common.dataset import Example
 from common.errors import UserError, refuse
-from common.evaluation.scoring import FINISHES, is_number
 from common.files import read_rows, write_jsonl
-
-NEEDED = {
-    "output": ("text", "finish"),
-    "loss": ("sum", "tokens"),
-    "timing": ("seconds", "first_token_seconds", "tokens"),
-}
+from common.schemas import OUTPUTS, fault
+from integration.lora_patch.specification import PromptSpecification
 
 
 @dataclass
@@ -38,11 +34,12 @@ class Item:
     index: int
     example: Example
     sha256: list[str]  # of the photographs' bytes, computed anew
-    dimensions: list[str]
+    specification: PromptSpecification
     key: str = field(init=False)  # names photograph, prompt and reference by content
 
     def __post_init__(self) -> None:
-        content = "\0".join([*self.sha256, self.example.prompt, self.example.response])
+        parts = [*self.sha256, self.example.prompt, self.example.response]
+        content = "\0".join(parts + [str(span) for span in self.example.masked_spans])
         self.key = hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
@@ -51,6 +48,7 @@ class Source(Protocol):
 
     arms: list[str]
     load_seconds: dict[str, float]
+    facts: dict  # what identifies base, adapters and software; {} of recorded outputs
 
     def settings(self, arm: str) -> dict:
         """Return all that an arm's outputs depend on, besides photograph and prompt."""
@@ -64,28 +62,31 @@ class Source(Protocol):
     def timings(self, items: list[Item]) -> Iterator[dict]:
         """Yield "timing" rows, the arms in turn for each item."""
 
+    def release(self) -> None:
+        """Forget what was kept of the photographs so far."""
+
 
 class RecordedSource:
     """Raw outputs read from a file: an evaluation done again without the model, or one whose outputs are planted."""
 
     def __init__(self, path: Path, items: list[Item]):
-        self.path, self.load_seconds = path, {}
+        self.path, self.load_seconds, self.facts = path, {}, {}
         by_job = {item.example.job_id: item.index for item in items}
         known = {item.index for item in items}
         self.rows: dict[tuple[str, str], list[dict]] = {}
         problems = []
         for line, row in read_rows(path):
-            example = by_job.get(row.get("example"), row.get("example"))
-            try:
-                self._check(row)
-            except ValueError as error:
-                problems.append(f"{path}:{line}: {error}")
+            kind = row.setdefault("kind", "output")
+            problem = fault(row, OUTPUTS[kind]) if kind in OUTPUTS else f"unknown kind {kind!r}"
+            if problem:
+                problems.append(f"{path}:{line}: {problem}")
                 continue
-            if row["kind"] == "arm":
+            example = by_job.get(row.get("example"), row.get("example"))
+            if kind == "arm":
                 self.load_seconds[row["arm"]] = row["load_seconds"]
             elif example in known:
                 found = {"sample": 0, "tokens": len(str(row.get("text", "")).split())} | row | {"example": example}
-                self.rows.setdefault((row["kind"], row["arm"]), []).append(found)
+                self.rows.setdefault((kind, row["arm"]), []).append(found)
         refuse(problems)
         present = {arm for kind, arm in self.rows if kind == "output"}
         self.arms = [arm for arm in ("base", "candidate", "deployed") if arm in present] + sorted(
@@ -95,25 +96,6 @@ class RecordedSource:
             raise UserError(
                 f"{path}: outputs of 'base' and of 'candidate' are needed, found {sorted(present) or 'none'}"
             )
-
-    @staticmethod
-    def _check(row: dict) -> None:
-        kind = row.get("kind", "output")
-        row["kind"] = kind
-        if kind == "arm":
-            if not is_number(row.get("load_seconds")):
-                raise ValueError("'load_seconds' is not a number")
-            return
-        if kind not in NEEDED:
-            raise ValueError(f"unknown kind {kind!r}")
-        missing = [name for name in ("arm", "example", *NEEDED[kind]) if name not in row]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} missing")
-        if kind == "output" and (not isinstance(row["text"], str) or row["finish"] not in FINISHES):
-            raise ValueError(f"'text' must be a string and 'finish' one of {', '.join(FINISHES)}")
-        numbers = [name for name in NEEDED[kind] if kind != "output" and not is_number(row[name])]
-        if numbers and not (kind == "loss" and row["sum"] is None and numbers == ["sum"]):
-            raise ValueError(f"{', '.join(numbers)}: a number was expected")
 
     def settings(self, arm: str) -> dict:
         return {"outputs": str(self.path)}
@@ -127,18 +109,23 @@ class RecordedSource:
         return (row for row in self.rows.get(("loss", arm), []) if row["example"] in wanted)
 
     def timings(self, items: list[Item]) -> Iterator[dict]:
-        return (row for arm in self.arms for row in self.rows.get(("timing", arm), []))
+        wanted = {item.index for item in items}
+        return (row for arm in self.arms for row in self.rows.get(("timing", arm), []) if row["example"] in wanted)
+
+    def release(self) -> None:
+        pass
 
 
 class OutputLog:
     """The outputs and losses of one arm so far: a JSONL file named after the exact settings they came from.
 
-    Each row reaches the disk as it comes, so an interrupted evaluation goes on where it stopped; another evaluation
+    Each row reaches the disk as it comes, so an interrupted evaluation resumes where it stopped; another evaluation
     with the same base, settings and photographs (the next version's, say) finds the base's outputs there. Rows are
     keyed by content, not by position. A last line that a crash cut short is dropped.
     """
 
     def __init__(self, folder: Path, arm: str, settings: dict, fresh: bool = False):
+        self.arm = arm
         text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
         self.path = folder / f"{arm}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
         self.rows: dict[tuple[str, str, int], dict] = {}

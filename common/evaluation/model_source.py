@@ -44,6 +44,8 @@ class ModelSource:
         free = list(self.adapters)
         self.arms = free + ([arm + GRAMMAR for arm in free if arm != "deployed"] if constrained else [])
         self._rows: dict[str, vlm.Row] = {}
+        self._warm: set[str] = set()  # arms whose kernels are compiled
+        self._timed = 0  # photographs timed so far
         self._grammars: dict[tuple[str, ...], Grammar] = {}
 
     def _load(self, arm: str, folder: Path) -> vlm.Adapter:
@@ -101,22 +103,24 @@ class ModelSource:
         The free arms run through mlx-vlm's own generation. Arms under the grammar run through this project's, beside
         a free run of the same ("free"), since their cost is to be compared like with like.
         """
-        for at, item in enumerate(items):
+        for item in items:
             # each photograph begins with another arm, so that none has the warmer machine
-            order = self.arms[at % len(self.arms) :] + self.arms[: at % len(self.arms)]
+            first, self._timed = self._timed % len(self.arms), self._timed + 1
+            order = self.arms[first:] + self.arms[:first]
             for arm in order:
-                if at == 0:
+                if arm not in self._warm:
                     self._time(arm, item, WARM_UP)
+                    self._warm.add(arm)
                 yield {"kind": "timing", "arm": arm, "example": item.index, **self._time(arm, item)}
 
     def _time(self, arm: str, item: Item, max_tokens: int | None = None) -> dict:
         if not arm.endswith(GRAMMAR):
-            return self._timed(self._stream(arm, item, max_tokens or self.sampling.max_tokens))
+            return self._measured(self._stream(arm, item, max_tokens or self.sampling.max_tokens))
         grammar = self._grammar(arm, item)
-        runs = [self._timed(self._decode(arm, item, kind, max_tokens)) for kind in (None, grammar)]
+        runs = [self._measured(self._decode(arm, item, kind, max_tokens)) for kind in (None, grammar)]
         return runs[1] | {"free": runs[0]}
 
-    def _timed(self, tokens: Iterator[int]) -> dict:
+    def _measured(self, tokens: Iterator[int]) -> dict:
         mx.synchronize()
         mx.reset_peak_memory()
         start, first, found = time.perf_counter(), None, []
@@ -149,7 +153,8 @@ class ModelSource:
     def _row(self, item: Item) -> vlm.Row:
         """Return an example's features, computed once and shared by all arms while its part of the work lasts."""
         if item.key not in self._rows:
-            encoded = vlm.encode(self.base, item.example.prompt, self._photos(item), item.example.response)
+            example = item.example
+            encoded = vlm.encode(self.base, example.prompt, self._photos(item), example.response, example.masked_spans)
             self._rows[item.key] = vlm.prepare_row(self.base, encoded)
         return self._rows[item.key]
 
@@ -164,7 +169,7 @@ class ModelSource:
     def _grammar(self, arm: str, item: Item) -> Grammar | None:
         if not arm.endswith(GRAMMAR):
             return None
-        names = tuple(item.dimensions)
+        names = item.specification.dimensions
         if names not in self._grammars:
             self._grammars[names] = Grammar(self.base, answer_schema(names))
         return self._grammars[names]

@@ -3,9 +3,8 @@ const order = document.getElementById("order");
 const only = document.getElementById("only");
 const number = (card, name) => card.dataset[name] === "" ? -Infinity : Number(card.dataset[name]);
 const orders = {
-  worst: (a, b) => number(b, "badness") - number(a, "badness"),
-  error: (a, b) => number(b, "error") - number(a, "error"),
   gain: (a, b) => number(a, "gain") - number(b, "gain"),
+  error: (a, b) => number(b, "error") - number(a, "error"),
   file: (a, b) => number(a, "index") - number(b, "index"),
 };
 function arrange() {
@@ -15,7 +14,13 @@ function arrange() {
   });
   document.getElementById("none").hidden = [...list.children].some((card) => !card.hidden);
 }
+function unfold() {
+  const card = location.hash.startsWith("#photo-") && document.getElementById(location.hash.slice(1));
+  if (card) { card.open = true; card.scrollIntoView(); }
+}
 order.addEventListener("change", arrange);
 only.addEventListener("change", arrange);
-addEventListener("beforeprint", () => document.querySelectorAll("details:not(.raw)").forEach((d) => { d.open = true; }));
+addEventListener("hashchange", unfold);
+addEventListener("beforeprint", () => document.querySelectorAll("details.fold").forEach((fold) => { fold.open = true; }));
 document.getElementById("controls").hidden = false;
+unfold();

@@ -1,17 +1,20 @@
-"""What one output is worth: whether it is what the service demands, why not, and how near it is to the reference."""
+"""What one answer is worth: whether it is what the prompt demands, why not, and how near it is to the reference."""
 
 import collections
+import itertools
 import json
 import re
 
 import numpy as np
-from sacrebleu.metrics import CHRF
 
-from common.analysis import check_strict, parse_lenient
+from common.analysis import parse_lenient
 from common.language import foreign_text, is_latin
+from integration.lora_patch.json_text import is_number
 from integration.lora_patch.repetition import repeated_tail
+from integration.lora_patch.specification import PromptSpecification
 
-# Every way to fail, worst first; an output is counted under the first that holds and lists them all.
+# Every way to fail, worst first; an output is counted under the first that holds and lists them all. The last one is
+# no fault of form: such an answer is strictly what the prompt demands.
 FAILURES = {
     "repetition_loop": "Repetition loop: the same words again and again",
     "truncated": "Truncated: no end of turn within the token limit",
@@ -22,33 +25,41 @@ FAILURES = {
     "wrong_schema": "Wrong schema: a field is missing, added or of the wrong kind",
     "wrong_dimensions": "Wrong dimensions: other names or another order",
     "out_of_range": "Scores out of range",
+    "same_advice": "Same advice: two dimensions have the same comment or recommendation",
 }
 FINISHES = ("stop", "length", "loop")
+OVERALL = "overall_score"  # stands beside the dimensions' names where scores are kept by name
+SAME_ADVICE = 0.8  # similarity of two dimensions' texts from which they count as the same
 
-_chrf = CHRF()
+_SCORE = re.compile(r'"(?:score|grade|rating|overall_score|overall_grade)"\s*:\s*"?(\d+(?:\.\d+)?)')
+_MARK = 100_000  # no score; six digits are read as a number
 
 
-def judge(text: str, finish: str, dimensions: list[str]) -> dict:
-    """Judge one output against the service's demand.
+def judge(text: str, finish: str, specification: PromptSpecification) -> dict:
+    """Judge one output against the prompt's demand.
 
     ``text`` is what was generated before the end of turn; ``finish`` is "stop" (end of turn reached), "length" (token
-    limit) or "loop" (stopped in a repetition loop); ``dimensions`` are the names the prompt asks for, in its order.
+    limit) or "loop" (stopped in a repetition loop).
     Returns {"strict": bool, "failures": [class, ...] worst first, "problems": [sentence, ...], "lenient": bool,
     "mends": [what a lenient reader had to overlook], "analysis": object or None}.
     """
-    analysis, mends = parse_lenient(text)
+    analysis, mends = parse_lenient(text, specification.extra_keys)
     analysis = _encodable(analysis)
     foreign = foreign_text(analysis) is not None if analysis else not is_latin(text)
-    problems = list(check_strict(text, dimensions)) if finish == "stop" else []
-    found = set(_classify(text, finish, dimensions)) | ({"wrong_language"} if foreign else set())
+    problems = list(specification.check(text)) if finish == "stop" else []
+    found = set(_faults_of_form(text, finish, analysis, problems))
+    if foreign:
+        found.add("wrong_language")
+        problems.append("not in English")
     if problems and not found:
         found.add("wrong_schema")
-    if "wrong_language" in found:
-        problems.append("not in English")
     if finish != "stop":
         problems.insert(0, "no end of turn: " + ("it repeats itself" if "repetition_loop" in found else "token limit"))
+    strict = not found and not problems
+    if _advice(analysis)[1]:
+        found.add("same_advice")
     return {
-        "strict": not found and not problems,
+        "strict": strict,
         "failures": [name for name in FAILURES if name in found],
         "problems": _encodable([str(problem) for problem in problems]),
         "lenient": analysis is not None,
@@ -60,13 +71,13 @@ def judge(text: str, finish: str, dimensions: list[str]) -> dict:
 def _encodable(value: object):
     r"""Replace what JSON's escapes can spell but no file can hold: half a surrogate pair ("\ud800")."""
     if isinstance(value, dict):
-        return {name: _encodable(item) for name, item in value.items()}
+        return {_encodable(name): _encodable(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_encodable(item) for item in value]
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-def _classify(text: str, finish: str, dimensions: list[str]):
+def _faults_of_form(text: str, finish: str, analysis: dict | None, problems: list[str]):
     if finish == "loop" or (finish == "length" and repeated_tail(text.split())):
         yield "repetition_loop"
     elif finish == "length":
@@ -84,12 +95,9 @@ def _classify(text: str, finish: str, dimensions: list[str]):
     if not isinstance(value, dict):
         yield "prose"
         return
-    listed = value.get("dimensions")
-    listed = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
-    if listed and [item.get("name") for item in listed] != list(dimensions):
+    if any(problem.startswith("dimensions are not the") for problem in problems):
         yield "wrong_dimensions"
-    scores = [item.get("score") for item in listed] + [value.get("overall_score")]
-    if any(is_number(score) and not 1 <= score <= 10 for score in scores):
+    if any(not 1 <= score <= 10 for score in scores_of(analysis).values()):
         yield "out_of_range"
 
 
@@ -102,49 +110,90 @@ def _text_after_object(body: str) -> bool:
     return bool(body[end:].strip())
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def scores_of(analysis: dict | None) -> dict[str, float]:
+    """Return {dimension, or `OVERALL`: score} of what has a number in an analysis."""
+    listed = (analysis or {}).get("dimensions")
+    scores = {
+        str(item.get("name")): item["score"]
+        for item in (listed if isinstance(listed, list) else [])
+        if isinstance(item, dict) and is_number(item.get("score"))
+    }
+    overall = (analysis or {}).get(OVERALL)
+    return scores | ({OVERALL: overall} if is_number(overall) else {})
+
+
+def score_spans(text: str) -> dict[str, tuple[int, int]]:
+    """Return {dimension, or `OVERALL`: (start, end)} of the digits of each score in an answer's text.
+
+    Each number is replaced by a mark, and the analysis read again: the reader says which mark is whose score.
+    """
+    spans, marked, at = [match.span(1) for match in _SCORE.finditer(text)], [], 0
+    for number, (start, end) in enumerate(spans):
+        marked += [text[at:start], str(_MARK + number)]
+        at = end
+    analysis, _ = parse_lenient("".join([*marked, text[at:]]))
+    found = {name: int(score) - _MARK for name, score in scores_of(analysis).items()}
+    return {name: spans[number] for name, number in found.items() if 0 <= number < len(spans)}
+
+
+def reference_scores(response: str, reference: dict | None, masked_spans: list) -> dict[str, float]:
+    """Return the scores of a reference that measure anything: those that training did not mask as copied."""
+    scores = scores_of(reference)
+    if not masked_spans:
+        return scores
+    spans = score_spans(response)
+    masked = {
+        name
+        for name, (start, end) in spans.items()
+        if any(start < stop and first < end for first, stop in masked_spans)
+    }
+    return {name: score for name, score in scores.items() if name not in masked}
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
 
 
 def measure(text: str, verdict: dict, reference: dict | None, prompt: dict) -> dict:
     """Measure one judged output against its reference analysis; what cannot be measured is None.
 
-    ``prompt`` is {"dimensions", "terms", "example_scores"}. Returns {"scores": {name: score}, "overall", "errors":
-    {name: absolute error}, "overall_error", "consistency": |overall - mean of its own dimensions|, "comments" and
-    "description": chrF of 0..100 (0 when the output cannot be read), "vocabulary": share of the advisor's terms used,
-    "example_scores": whether the scores are those of the prompt's own example}.
+    ``prompt`` is {"dimensions", "terms", "example_scores"}. Returns {"scores": {name: score}, "consistency": |overall
+    - mean of its own dimensions|, "comments" and "description": chrF of 0..100 (0 when the output cannot be read),
+    "vocabulary": share of the advisor's terms used, "within": similarity of the dimensions' advice, "same_advice":
+    whether two dimensions have the same, "example_scores": whether the scores are those of the prompt's own example}.
     """
     ours, theirs = verdict["analysis"] or {}, reference or {}
-    scores, wanted = dimension_scores(ours), dimension_scores(theirs)
-    overall = ours.get("overall_score") if is_number(ours.get("overall_score")) else None
-    right = theirs.get("overall_score") if is_number(theirs.get("overall_score")) else None
-    names = [name for name in prompt["dimensions"] if name in scores]
-    example = prompt.get("example_scores") or []
+    scores = scores_of(ours)
+    overall = scores.get(OVERALL)
+    own = [scores[name] for name in prompt["dimensions"] if name in scores]
+    example = list(prompt.get("example_scores") or [])
+    within, same = _advice(ours)
     return {
         "scores": scores,
-        "overall": overall,
-        "errors": {name: abs(scores[name] - wanted[name]) for name in names if name in wanted},
-        "overall_error": None if overall is None or right is None else abs(overall - right),
-        "consistency": None
-        if overall is None or not names
-        else abs(overall - sum(scores[name] for name in names) / len(names)),
+        "consistency": None if overall is None or not own else abs(overall - sum(own) / len(own)),
         "comments": _comments_overlap(ours, theirs) if reference else None,
         "description": overlap(ours.get("image_description"), theirs["image_description"])
         if theirs.get("image_description")
         else None,
         "vocabulary": vocabulary_share(text, prompt.get("terms") or []),
-        "example_scores": bool(example) and len(names) > 0 and [scores.get(n) for n in names] == list(example),
+        "within": within,
+        "same_advice": same,
+        "example_scores": bool(example) and own == example,
     }
 
 
-def dimension_scores(analysis: dict) -> dict[str, float]:
-    """Return {dimension name: score} of the dimensions that have a number."""
-    listed = analysis.get("dimensions")
-    return {
-        str(item.get("name")): item["score"]
-        for item in (listed if isinstance(listed, list) else [])
-        if isinstance(item, dict) and is_number(item.get("score"))
-    }
+def _advice(analysis: dict | None) -> tuple[float | None, bool | None]:
+    """Return (mean similarity of two dimensions' texts, whether two have the same comment or recommendation)."""
+    listed = [item for item in (analysis or {}).get("dimensions") or [] if isinstance(item, dict)]
+    texts = [[words(str(item.get(key) or "")) for key in ("comment", "recommendation")] for item in listed]
+    grams = [trigrams(comment + recommendation) for comment, recommendation in texts if comment or recommendation]
+    if len(grams) < 2:
+        return None, None
+    found = [similarity(one, other) for one, other in itertools.combinations(grams, 2)]
+    said = [tuple(text) for text in itertools.chain.from_iterable(texts) if text]
+    return float(np.mean(found)), len(set(said)) < len(said) or max(found) >= SAME_ADVICE
 
 
 def _comments_overlap(ours: dict, theirs: dict) -> float | None:
@@ -165,7 +214,9 @@ def _dimension_texts(analysis: dict) -> dict[str, str]:
 
 def overlap(text: object, reference: str) -> float:
     """Return the chrF score (Popović 2015, sacrebleu's defaults: character 6-grams, beta 2), 0..100."""
-    return _chrf.sentence_score(text, [reference]).score if isinstance(text, str) and text.strip() else 0.0
+    from sacrebleu.metrics import CHRF
+
+    return CHRF().sentence_score(text, [reference]).score if isinstance(text, str) and text.strip() else 0.0
 
 
 def plain_words(analysis: dict | None, text: str) -> list[str]:

@@ -1,73 +1,116 @@
 """What an evaluation is given: the adapter, its base, the adapter in use, and photographs that none was trained on."""
 
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 
-from common.analysis import DIMENSIONS7, parse_lenient
-from common.dataset import load_examples
+from common.analysis import parse_lenient
+from common.dataset import load_examples, read_meta
 from common.errors import UserError, refuse
 from common.evaluation.generations import Item
 from common.evaluation.model_source import ModelSource, Sampling
+from common.evaluation.scoring import reference_scores
 from common.files import find_input, read_json, sha256_file
 from common.records import ARGS, software_versions
 from integration.lora_patch import versions
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
 from integration.lora_patch.photo import MAX_IMAGE_SIZE, PhotoError, load_photo
-from integration.lora_patch.prompts import prompt_dimensions
+from integration.lora_patch.prompts import UnreadablePrompt, read_specification
+from integration.lora_patch.specification import PromptSpecification
 from integration.lora_patch.versions import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 from integration.lora_patch.vlm import Base, load_base, response_tokens
 
 AUTO = "auto"
 LONGEST = 2048  # tokens; the longest real analyses have some 1,300
-HIDDEN = ("training", "adapters", "report", "warnings", "advisor", "found")  # resolved settings that are no options
 
 
-def resolve(settings: SimpleNamespace) -> None:
-    """Fill in what was not given on the command line; UserError for an adapter folder that is none.
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; None where it says nothing."""
 
-    Adds ``training`` (the adapter's training_args.json or {}), ``adapters`` (folder by arm), ``advisor``, ``report``
-    (path of the JSON), ``warnings`` and ``found`` (names of the settings that were filled in).
-    """
-    settings.warnings = []
-    given = dict(vars(settings))
-    settings.training = _training_args(settings)
-    settings.advisor = settings.training.get("advisor") or versions.parse_folder(settings.lora_path)[0]
-    settings.base_model = settings.base_model or settings.training.get("base_model")
-    if not settings.base_model:
-        raise UserError(f"{settings.lora_path}: no {ARGS} that names its base; give --base_model")
-    trained = (settings.training.get("val_data") or {}).get("path")
-    if not settings.val_data and not trained:
-        raise UserError(f"{settings.lora_path}: its {ARGS} names no validation data; give --val_data")
-    settings.val_data = find_input(settings.val_data or trained)
-    settings.max_image_size = (
-        settings.max_image_size or (settings.training.get("settings") or {}).get("max_image_size") or MAX_IMAGE_SIZE
+    lora_path: Path  # adapter folder, the candidate
+    base_model: str | None  # hub id or folder
+    deployed: str  # adapter folder, deployed.json, "none" or "auto"
+    val_data: str | None
+    max_examples: int | None
+    max_image_size: int | None  # pixels of the long side
+    num_samples: int  # outputs a photograph and arm
+    temperature: float  # 0: greedy
+    seed: int
+    max_tokens: str  # of an output: a number, or "auto"
+    batch_size: int
+    constrained: bool
+    timing_examples: int  # photographs timed at first
+    timing_seconds: float  # for more timed runs, while they may decide a gate
+    fresh: bool
+    from_outputs: Path | None
+    gates: Path | None
+    strict: bool  # promote by "pass" alone
+    output_report: str
+    sample_outputs: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated, with everything filled in that the command line left open."""
+
+    options: Options
+    training: dict  # the candidate's training_args.json, {} where there is none
+    advisor: str | None
+    base_model: str
+    val_data: Path
+    max_image_size: int  # pixels of the long side
+    adapters: dict[str, Path]  # folder by arm: "candidate" and, if one is in use, "deployed"
+    report: Path  # comparison_report.json
+    warnings: list[str]  # for the report; those that come up later are added
+
+    def settings(self) -> dict:
+        """Return the settings as they are printed and recorded."""
+        given = {field.name: getattr(self.options, field.name) for field in fields(Options)}
+        resolved = {name: getattr(self, name) for name in ("base_model", "val_data", "max_image_size")}
+        return given | resolved | {"deployed": str(self.adapters.get("deployed", "none"))}
+
+
+def resolve(options: Options) -> Evaluation:
+    """Fill in what was not given on the command line; UserError for an adapter folder that is none."""
+    folder, warnings = options.lora_path, []
+    training = _training_args(folder)
+    advisor = training.get("advisor") or versions.parse_folder(folder)[0]
+    base_model = options.base_model or training.get("base_model")
+    if not base_model:
+        raise UserError(f"{folder}: no {ARGS} that names its base; give --base_model")
+    trained = (training.get("val_data") or {}).get("path")
+    if not options.val_data and not trained:
+        raise UserError(f"{folder}: its {ARGS} names no validation data; give --val_data")
+    if options.max_tokens != AUTO and not (options.max_tokens.isdecimal() and int(options.max_tokens)):
+        raise UserError(f"--max_tokens {options.max_tokens}: a number of tokens from 1, or {AUTO}")
+    recorded_size = (training.get("settings") or {}).get("max_image_size")
+    deployed = _deployed(options, advisor, warnings)
+    return Evaluation(
+        options,
+        training,
+        advisor,
+        base_model,
+        find_input(options.val_data or trained),
+        options.max_image_size or recorded_size or MAX_IMAGE_SIZE,
+        {"candidate": folder} | ({"deployed": deployed} if deployed else {}),
+        _report_path(options.output_report),
+        warnings,
     )
-    settings.adapters = {"candidate": settings.lora_path}
-    deployed = _deployed(settings)
-    if deployed:
-        settings.adapters["deployed"] = deployed
-    settings.deployed = str(deployed or "none")
-    settings.report = _report_path(settings.output_report)
-    settings.found = [name for name in ("base_model", "val_data", "max_image_size") if given[name] is None]
-    if settings.max_tokens != AUTO and not (settings.max_tokens.isdecimal() and int(settings.max_tokens)):
-        raise UserError(f"--max_tokens {settings.max_tokens}: a number of tokens from 1, or {AUTO}")
 
 
-def shown(settings: SimpleNamespace) -> dict:
-    """Return the settings as they are printed and recorded."""
-    return {name: value for name, value in vars(settings).items() if name not in HIDDEN}
-
-
-def load_items(settings: SimpleNamespace) -> list[Item]:
+def load_items(evaluation: Evaluation) -> list[Item]:
     """Read the held-out examples and open every photograph.
 
     UserError, all in one, for photographs that cannot be read and for those that the adapter (or the one in use) was
     trained on, told by their bytes.
     """
-    examples = load_examples(settings.val_data)[: settings.max_examples]
-    trained = {arm: _trained_photos(folder) for arm, folder in settings.adapters.items()}
+    meta = read_meta(evaluation.val_data) or {}
+    recorded = evaluation.training.get("specification") or meta.get("specification")
+    examples = load_examples(evaluation.val_data)[: evaluation.options.max_examples]
+    trained = {arm: _trained_photos(folder) for arm, folder in evaluation.adapters.items()}
     items, problems = [], []
     for index, example in enumerate(examples):
         try:
@@ -82,51 +125,74 @@ def load_items(settings: SimpleNamespace) -> list[Item]:
             if seen:
                 who = "the adapter" if arm == "candidate" else "the deployed adapter"
                 problems.append(f"{example.source}: {', '.join(seen)}: {who} was trained on this photograph")
-        items.append(Item(index, example, hashes, prompt_dimensions(example.prompt) or list(DIMENSIONS7)))
+        items.append(Item(index, example, hashes, _specification(recorded, example.prompt)))
     refuse(problems, limit=100)
     unreadable = sum(parse_lenient(item.example.response)[0] is None for item in items)
     if unreadable:
-        settings.warnings.append(
+        evaluation.warnings.append(
             f"{unreadable} of {len(items)} references are no analysis: they count for the loss alone."
         )
-    recorded = (settings.training.get("val_data") or {}).get("sha256")
-    if recorded and recorded != sha256_file(settings.val_data):
-        settings.warnings.append(
-            f"{settings.val_data} is not the validation data of the training, or has changed since."
+    trained_with = (evaluation.training.get("val_data") or {}).get("sha256")
+    if trained_with and trained_with != sha256_file(evaluation.val_data):
+        evaluation.warnings.append(
+            f"{evaluation.val_data} is not the validation data of the training, or has changed since."
         )
     return items
 
 
-def load_models(settings: SimpleNamespace, items: list[Item]) -> ModelSource:
-    """Load base and adapters; UserError when the base is not the one that an adapter was trained on."""
-    base = load_base(settings.base_model)
+def training_scores(evaluation: Evaluation) -> dict | None:
+    """Return {"means": {dimension or "overall_score": mean}, "examples": n} of the scores trained on, without the
+    masked ones; None, with a warning, where the training data cannot be read."""
+    path = (evaluation.training.get("train_data") or {}).get("path")
     try:
-        fingerprint = base_fingerprint(base.path, settings.base_model)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        examples = load_examples(path) if path and Path(path).is_file() else []
+    except UserError:
+        examples = []
+    found: dict[str, list[float]] = {}
+    for example in examples:
+        analysis = parse_lenient(example.response)[0]
+        for name, score in reference_scores(example.response, analysis, example.masked_spans).items():
+            found.setdefault(name, []).append(score)
+    if not found:
+        evaluation.warnings.append(
+            "The training data cannot be read, so the scores are not compared with the mean of the training scores."
+        )
+        return None
+    return {"means": {name: float(np.mean(scores)) for name, scores in found.items()}, "examples": len(examples)}
+
+
+def load_models(evaluation: Evaluation, items: list[Item]) -> ModelSource:
+    """Load base and adapters; UserError when the base is not the one that an adapter was trained on."""
+    base = load_base(evaluation.base_model)
+    fingerprint = base_fingerprint(base.path, evaluation.base_model)
     problems = []
-    for folder in settings.adapters.values():
+    for folder in evaluation.adapters.values():
         trained = _read_args(folder).get("base_fingerprint")
         if trained:
             errors, warnings = compare_fingerprints(trained, fingerprint)
             problems += [f"{folder}: {error}; name the right one by --base_model" for error in errors]
-            settings.warnings += [f"{folder}: {warning}." for warning in warnings]
+            evaluation.warnings.extend(f"{folder}: {warning}." for warning in warnings)
         else:
-            settings.warnings.append(
+            evaluation.warnings.append(
                 f"{folder}: no {ARGS}, so neither its base nor its training data could be checked."
             )
     refuse(problems)
-    settings.max_tokens = _max_tokens(settings, base, items)
+    options = evaluation.options
+    sampling = Sampling(
+        _max_tokens(options.max_tokens, base, items),
+        options.batch_size,
+        options.temperature,
+        options.seed,
+        evaluation.max_image_size,
+    )
     facts = {
         "base": fingerprint,
-        "adapters": {arm: versions.adapter_hashes(folder) for arm, folder in settings.adapters.items()},
+        "adapters": {arm: versions.adapter_hashes(folder) for arm, folder in evaluation.adapters.items()},
         "software": software_versions(),
         "device": device_name(),
+        "max_tokens": sampling.max_tokens,
     }
-    sampling = Sampling(
-        settings.max_tokens, settings.batch_size, settings.temperature, settings.seed, settings.max_image_size
-    )
-    return ModelSource(base, settings.adapters, sampling, settings.constrained, facts)
+    return ModelSource(base, evaluation.adapters, sampling, options.constrained, facts)
 
 
 def device_name() -> str:
@@ -134,15 +200,22 @@ def device_name() -> str:
     return str(info.get("device_name") or info.get("architecture") or mx.default_device())
 
 
-def _max_tokens(settings: SimpleNamespace, base: Base, items: list[Item]) -> int:
-    if settings.max_tokens != AUTO:
-        return int(settings.max_tokens)
+def _specification(recorded: dict | None, prompt: str) -> PromptSpecification:
+    """Return what a prompt demands: as it was read when the data were prepared, else as it reads."""
+    try:
+        return PromptSpecification.from_dict(recorded) if recorded else read_specification(prompt)
+    except (ValueError, UnreadablePrompt):
+        return PromptSpecification()
+
+
+def _max_tokens(given: str, base: Base, items: list[Item]) -> int:
+    if given != AUTO:
+        return int(given)
     longest = max(len(response_tokens(base, item.example.response)[0]) for item in items)
     return min(LONGEST, -(-2 * longest // 64) * 64)
 
 
-def _training_args(settings: SimpleNamespace) -> dict:
-    folder = settings.lora_path
+def _training_args(folder: Path) -> dict:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such adapter folder; name the one that training wrote")
     if not (folder / CONFIG).is_file() or not any((folder / file).is_file() for file in (PEFT_WEIGHTS, MLX_WEIGHTS)):
@@ -165,18 +238,16 @@ def _trained_photos(folder: Path) -> set[str]:
     return set((_read_args(folder).get("train_data") or {}).get("photos") or ())
 
 
-def _deployed(settings: SimpleNamespace) -> Path | None:
+def _deployed(options: Options, advisor: str | None, warnings: list[str]) -> Path | None:
     """Return the folder of the adapter in use, None when there is none or it is the candidate itself."""
-    if settings.deployed == "none":
+    if options.deployed == "none":
         return None
-    if settings.deployed == AUTO:
-        if not settings.advisor:
-            return None
-        place = versions.record_path(settings.lora_path.parent, settings.advisor)
-        if not place.is_file():
+    if options.deployed == AUTO:
+        place = versions.record_path(options.lora_path.parent, advisor) if advisor else None
+        if place is None or not place.is_file():
             return None
     else:
-        place = Path(settings.deployed)
+        place = Path(options.deployed)
     if (place / versions.RECORD).is_file():
         place = place / versions.RECORD
     folder = versions.deployed_folder(place) if place.suffix == ".json" else place
@@ -184,10 +255,8 @@ def _deployed(settings: SimpleNamespace) -> Path | None:
         return None
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no adapter there; name the one in use by --deployed, or --deployed none")
-    if versions.adapter_hashes(folder) == versions.adapter_hashes(settings.lora_path):
-        settings.warnings.append(
-            f"{settings.lora_path} is the version in use itself, so it is compared with its base alone."
-        )
+    if versions.adapter_hashes(folder) == versions.adapter_hashes(options.lora_path):
+        warnings.append(f"{options.lora_path} is the version in use itself, so it is compared with its base alone.")
         return None
     return folder
 

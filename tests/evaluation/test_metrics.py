@@ -9,17 +9,24 @@ from scipy import stats
 from common.analysis import DIMENSIONS7, compact_json
 from common.evaluation import intervals
 from common.evaluation import scoring as judge
-from common.evaluation.gates import DEFAULT_GATES, decide, failed, format_value, load_gates
+from common.evaluation.gates import DEFAULT_GATES, Gate, decide, failed, format_value, load_gates
+from common.evaluation.intervals import Figure
+from common.evaluation.metrics import Summary
 from integration.lora_patch.repetition import repeated_tail
+from integration.lora_patch.specification import PromptSpecification
+from tests.evaluation.coverage import coverage
 
 NAN = float("nan")
+SPECIFICATION = PromptSpecification()
 
 
 def analysis(score: int = 7) -> dict:
-    dimension = {"score": score, "comment": "The light falls well.", "recommendation": "Wait for evening."}
     return {
         "image_description": "A lake under clouds.",
-        "dimensions": [{"name": name, **dimension} for name in DIMENSIONS7],
+        "dimensions": [
+            {"name": name, "score": score, "comment": f"The {name} holds.", "recommendation": f"More {name} at dusk."}
+            for name in DIMENSIONS7
+        ],
         "overall_score": float(score),
         "key_strengths": ["Light"],
         "priority_improvements": ["Depth"],
@@ -33,38 +40,84 @@ def analysis(score: int = 7) -> dict:
 def test_mean_leaves_out_what_was_not_measured():
     figure = intervals.mean(np.array([1.0, NAN, 3.0]))
     assert (figure.value, figure.n) == (2.0, 2)
-    assert (figure.low, figure.high) == (1.0, 3.0)
 
 
-def test_bootstrap_interval_is_near_the_normal_one():
+def test_limits_lie_around_the_value_in_order():
+    figure = intervals.mean(np.random.default_rng(1).exponential(size=12))
+    assert figure.low < figure.lower < figure.value < figure.upper < figure.high
+
+
+def test_interval_of_many_values_is_students():
     values = np.random.default_rng(1).normal(5, 2, 400)
-    figure = intervals.mean(values)
-    half = 1.96 * values.std(ddof=1) / 20
+    figure, half = intervals.mean(values), 1.966 * values.std(ddof=1) / 20
     assert figure.low == pytest.approx(values.mean() - half, abs=0.03)
     assert figure.high == pytest.approx(values.mean() + half, abs=0.03)
 
 
-def test_bootstrap_interval_covers_the_truth_nineteen_times_in_twenty():
-    rng = np.random.default_rng(2)
-    figures = [intervals.mean(rng.normal(0, 1, 40)) for _ in range(200)]
-    covered = sum(figure.low <= 0 <= figure.high for figure in figures)
-    assert 175 <= covered <= 199
+@pytest.mark.parametrize(
+    ("name", "n", "lowest", "highest"),
+    [
+        ("mean, normal", 10, 0.93, 0.97),
+        ("mean, absolute normal", 20, 0.93, 0.97),
+        ("mean, errors of whole points", 50, 0.93, 0.97),
+        ("difference of losses a token", 10, 0.93, 0.97),
+        ("median, lognormal (sigma 0.5)", 20, 0.93, 0.97),
+        ("Spearman, rho 0.6", 10, 0.93, 0.97),
+        ("difference of Pearson, rho 0.6", 20, 0.93, 0.97),
+        ("pairwise accuracy, rho 0.6", 20, 0.93, 0.97),
+        ("share 0.7 (exact)", 20, 0.95, 1.0),
+        ("difference of shares, 0.3", 20, 0.93, 1.0),
+    ],
+)
+def test_intervals_hold_the_truth_as_often_as_they_say(name, n, lowest, highest):
+    runs = 600
+    held, lower, upper = coverage(name, n, runs)
+    chance = 2.6 * (0.05 * 0.95 / runs) ** 0.5  # of so many runs; the full table is in docs/evaluation.md
+    assert lowest - chance <= held <= min(1.0, highest + chance)
+    assert min(lower, upper) >= 0.93 - chance
 
 
 def test_share_of_twelve_of_twelve_keeps_its_doubt():
     figure = intervals.share(np.ones(12))
     assert figure.value == figure.high == 1.0
-    assert figure.low == pytest.approx(0.025 ** (1 / 12))  # Clopper-Pearson's closed form for all successes
+    # Clopper and Pearson's closed form for all successes
+    assert (figure.low, figure.lower) == pytest.approx((0.025 ** (1 / 12), 0.05 ** (1 / 12)))
 
 
-def test_rank_correlation_is_scipys():
+def test_share_is_scipys_exact_interval():
+    figure = intervals.share(np.array([1.0] * 7 + [0.0] * 4))
+    exact = stats.binomtest(7, 11).proportion_ci(0.95, method="exact")
+    assert (figure.low, figure.high) == pytest.approx((exact.low, exact.high))
+
+
+def test_paired_shares_without_a_change_keep_their_doubt():
+    figure = intervals.share_difference(np.ones(16), np.ones(16))
+    assert figure.value == 0
+    half = 1.959964 * (2 / 18 / 18) ** 0.5  # Bonett and Price (2012) with no discordant pair
+    assert (figure.low, figure.high) == pytest.approx((-half, half), abs=1e-6)
+    assert intervals.changed(figure) == (0, 0)
+    figure = intervals.share_difference(np.array([1, 1, 1, 0, 1, 0.0]), np.array([1, 0, 0, 1, 1, 0.0]))
+    assert intervals.changed(figure) == (2, 1)
+
+
+@pytest.mark.parametrize("ranks", [True, False])
+def test_correlation_is_scipys(ranks):
     rng = np.random.default_rng(3)
     x, y = rng.integers(1, 11, 50).astype(float), rng.integers(1, 11, 50).astype(float)
-    assert intervals.rank_correlation(x, y).value == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    found = (stats.spearmanr if ranks else stats.pearsonr)(x, y).statistic
+    assert intervals.correlation(x, y, ranks).value == pytest.approx(found, abs=1e-12)
 
 
-def test_rank_correlation_of_a_constant_is_not_defined():
-    assert intervals.rank_correlation(np.full(9, 7.0), np.arange(9.0)).value is None
+def test_correlation_of_a_constant_is_not_defined():
+    assert intervals.correlation(np.full(9, 7.0), np.arange(9.0), ranks=True).value is None
+
+
+def test_equal_arms_differ_by_exactly_nothing():
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=12), rng.normal(size=12)
+    figure = intervals.correlation_difference(x, x, y, ranks=True)
+    assert (figure.value, figure.low, figure.high) == pytest.approx((0, 0, 0), abs=1e-9)
+    assert intervals.ratio_difference((x, x + 9), (x, x + 9)).high == 0
 
 
 def test_ratio_weights_by_tokens():
@@ -72,11 +125,16 @@ def test_ratio_weights_by_tokens():
     assert figure.value == pytest.approx(310 / 110)
 
 
-def test_pairs_drawn_twice_are_no_pair_with_themselves():
+def test_pairs_leave_out_a_photograph_with_itself():
     likeness = np.array([[1.0, 0.2, 0.2], [0.2, 1.0, 0.2], [0.2, 0.2, 1.0]])
-    figure = intervals.pairs_mean(likeness)
-    assert figure.value == pytest.approx(0.2)
-    assert figure.high == pytest.approx(0.2)
+    figure = intervals.pairs(likeness)
+    assert (figure.value, figure.high) == pytest.approx((0.2, 0.2))
+
+
+def test_median_has_an_interval_from_five_values_on():
+    assert intervals.median(np.arange(4.0)).low is None
+    figure = intervals.median(np.arange(5.0))
+    assert (figure.low, figure.value, figure.high) == (0, 2, 4)
 
 
 # -- one output -------------------------------------------------------------------------------------------------------
@@ -117,7 +175,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("text", "finish", "failures"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN])
 def test_judge_classifies(text, finish, failures):
-    verdict = judge.judge(text, finish, list(DIMENSIONS7))
+    verdict = judge.judge(text, finish, SPECIFICATION)
     assert verdict["failures"] == failures
     assert verdict["strict"] == (not failures)
     assert bool(verdict["problems"]) == bool(failures)
@@ -152,22 +210,22 @@ def test_judge_classifies(text, finish, failures):
 )
 def test_hostile_output_can_be_judged_and_written(text):
     prompt = {"dimensions": list(DIMENSIONS7), "terms": ["light"], "example_scores": [7] * 7}
-    verdict = judge.judge(text, "stop", list(DIMENSIONS7))
+    verdict = judge.judge(text, "stop", SPECIFICATION)
     found = [verdict, judge.measure(text, verdict, analysis(), prompt)]
     json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8")
 
 
 def test_judge_names_every_fault_worst_first():
     text = "```\n" + GOOD.replace("Lighting", "Light").replace('"score":7', '"score":0', 1) + "\n```"
-    assert judge.judge(text, "stop", list(DIMENSIONS7))["failures"] == ["code_fence"]
+    assert judge.judge(text, "stop", SPECIFICATION)["failures"] == ["code_fence"]
     body = text.strip("`\n")
-    assert judge.judge(body, "stop", list(DIMENSIONS7))["failures"] == ["wrong_dimensions", "out_of_range"]
+    assert judge.judge(body, "stop", SPECIFICATION)["failures"] == ["wrong_dimensions", "out_of_range"]
 
 
 def test_order_of_dimensions_counts():
     swapped = analysis()
     swapped["dimensions"] = swapped["dimensions"][::-1]
-    assert judge.judge(compact_json(swapped), "stop", list(DIMENSIONS7))["failures"] == ["wrong_dimensions"]
+    assert judge.judge(compact_json(swapped), "stop", SPECIFICATION)["failures"] == ["wrong_dimensions"]
 
 
 def test_loop_detection_spares_repetitive_json():
@@ -184,21 +242,54 @@ def test_measure_gives_the_planted_distances():
     ours, reference = analysis(7), analysis(5)
     ours["overall_score"] = 6.5
     prompt = {"dimensions": list(DIMENSIONS7), "terms": ["light", "zone", "grain", "tonal"], "example_scores": [7] * 7}
-    text = compact_json(ours)
+    text = compact_json(ours) + " light"
     found = judge.measure(text, {"analysis": ours}, reference, prompt)
-    assert found["errors"] == dict.fromkeys(DIMENSIONS7, 2)
-    assert found["overall_error"] == 1.5
+    assert found["scores"] == dict.fromkeys(DIMENSIONS7, 7) | {"overall_score": 6.5}
     assert found["consistency"] == 0.5
     assert found["comments"] == pytest.approx(100)
     assert found["description"] == pytest.approx(100)
     assert found["vocabulary"] == 0.5
     assert found["example_scores"] is True
+    assert found["same_advice"] is False
 
 
 def test_unreadable_output_overlaps_nothing():
     prompt = {"dimensions": list(DIMENSIONS7), "terms": [], "example_scores": []}
     found = judge.measure("no", {"analysis": None}, analysis(), prompt)
-    assert (found["comments"], found["description"], found["overall_error"], found["vocabulary"]) == (0, 0, None, None)
+    assert (found["comments"], found["description"], found["scores"], found["vocabulary"]) == (0, 0, {}, None)
+
+
+def test_same_advice_is_a_fault_of_content_not_of_format():
+    repeated = analysis()
+    repeated["dimensions"][4]["recommendation"] = repeated["dimensions"][1]["recommendation"]
+    verdict = judge.judge(compact_json(repeated), "stop", SPECIFICATION)
+    assert (verdict["strict"], verdict["failures"], verdict["problems"]) == (True, ["same_advice"], [])
+    prompt = {"dimensions": list(DIMENSIONS7)}
+    measured = [judge.measure("", {"analysis": one}, None, prompt) for one in (analysis(), repeated)]
+    assert [one["same_advice"] for one in measured] == [False, True]
+    assert measured[0]["within"] < measured[1]["within"]
+
+
+@pytest.mark.parametrize("spaces", [{}, {"indent": 2}])
+def test_score_spans_are_the_digits_of_each_score(spaces):
+    written = analysis()
+    written["dimensions"] = [
+        d | {"score": n + 1, "comment": 'of "score": 9'} for n, d in enumerate(written["dimensions"])
+    ]
+    text = f"Here it is: {json.dumps(written | {'overall_score': 6.5}, **spaces)}"
+    spans = judge.score_spans(text)
+    assert {name: text[start:end] for name, (start, end) in spans.items()} == {
+        **{name: str(n) for n, name in enumerate(DIMENSIONS7, 1)},
+        "overall_score": "6.5",
+    }
+
+
+def test_masked_scores_are_no_reference():
+    text = compact_json(analysis(8))
+    start, end = judge.score_spans(text)["Lighting"]
+    kept = judge.reference_scores(text, analysis(8), [[start, end]])
+    assert "Lighting" not in kept and len(kept) == len(DIMENSIONS7)
+    assert judge.reference_scores(text, analysis(8), []) == judge.scores_of(analysis(8))
 
 
 def test_advisor_terms_are_the_advisors_alone():
@@ -213,23 +304,22 @@ def test_advisor_terms_are_the_advisors_alone():
 # -- gates ------------------------------------------------------------------------------------------------------------
 
 
-def summary(**figures) -> dict:
-    arms = {"base": {}, "candidate": {}}
-    differences = {"candidate-base": {}}
-    for name, (value, n) in figures.items():
+def summary(**figures) -> Summary:
+    """A summary of figures (value, lower, upper, n) by arm__group_name, or difference__group_name."""
+    arms, differences = {"base": {}, "candidate": {}}, {"candidate-base": {}}
+    for name, (value, lower, upper, n) in figures.items():
         arm, figure = name.split("__")
-        figure = figure.replace("_", ".", 1)
         place = differences["candidate-base"] if arm == "difference" else arms[arm]
-        place[figure] = {"value": value, "low": None, "high": None, "n": n}
-    return {"arms": arms, "differences": differences}
+        place[figure.replace("_", ".", 1)] = Figure(value, n, lower, lower, upper, upper)
+    return Summary(20, arms, differences, {})
 
 
 GOOD_FIGURES = {
-    "base__format_strict": (0.9, 12),
-    "candidate__format_strict": (0.95, 12),
-    "candidate__speed_seconds": (2.99, 8),
-    "candidate__speed_overhead": (0.0999, 8),
-    "difference__loss_nats": (0.0, 12),
+    "base__format_strict": (0.95, 0.9, 1.0, 12),
+    "candidate__format_strict": (1.0, 0.95, 1.0, 12),
+    "candidate__speed_seconds": (2.0, 1.9, 2.9, 8),
+    "candidate__speed_overhead": (0.05, 0.01, 0.09, 8),
+    "difference__loss_nats": (-0.1, -0.2, 0.02, 12),
 }
 
 
@@ -239,33 +329,83 @@ def verdicts(figures: dict) -> dict:
 
 def test_default_gates_pass_at_their_documented_bounds():
     found = verdicts(GOOD_FIGURES)
-    assert found.pop("deployed_format") == found.pop("deployed_loss") == "not applicable"
+    assert found.pop("same_advice") == "off"
+    assert {found.pop(name) for name in list(found) if name.startswith("deployed") or name.endswith("kept")} == {
+        "not applicable"
+    }
     assert set(found.values()) == {"pass"}
 
 
 @pytest.mark.parametrize(
-    ("figure", "value", "gate"),
+    ("value", "lower", "upper", "verdict"),
     [
-        ("base__format_strict", 0.899, "base_format"),
-        ("candidate__format_strict", 0.949, "tuned_format"),
-        ("candidate__speed_seconds", 3.0, "inference_time"),
-        ("candidate__speed_overhead", 0.1, "overhead"),
-        ("difference__loss_nats", 0.0001, "base_loss"),
+        (1.0, 0.95, 1.0, "pass"),
+        (0.95, 0.8, 0.99, "likely"),
+        (0.949, 0.8, 0.99, "unlikely"),
+        (0.9, 0.8, 0.949, "fail"),
+        (1.0, None, None, "likely"),
+        (0.9, None, None, "unlikely"),
     ],
 )
-def test_default_gates_fail_just_past_their_bounds(figure, value, gate):
-    found = verdicts(GOOD_FIGURES | {figure: (value, 12)})
-    assert [name for name, verdict in found.items() if verdict == "fail"] == [gate]
+def test_verdict_comes_from_value_and_limits(value, lower, upper, verdict):
+    assert verdicts(GOOD_FIGURES | {"candidate__format_strict": (value, lower, upper, 12)})["tuned_format"] == verdict
+    mirrored = [None if side is None else 1 - side for side in (value, upper, lower)]
+    gate = Gate("faults", "Faults", "distinct.same_advice", at_most=0.05)
+    row = decide([gate], summary(candidate__distinct_same_advice=(*mirrored, 12)))[0]
+    assert row["verdict"] == verdict
+
+
+def test_what_the_base_alone_misses_is_reported_and_the_adapter_held_against_the_base():
+    slow = {"base__speed_seconds": (9.0, 8.0, 9.5, 8), "candidate__speed_seconds": (9.2, 8.8, 9.9, 8)}
+    fenced = {"base__format_strict": (0.0, 0.0, 0.2, 12), "difference__format_strict": (1.0, 0.7, 1.0, 12)}
+    rows = decide(list(DEFAULT_GATES), summary(**GOOD_FIGURES | slow | fenced))
+    found = {row["name"]: row["verdict"] for row in rows}
+    assert found["inference_time"] == found["base_format"] == "reported"
+    assert found["base_time_kept"] == found["base_format_kept"] == "pass"
+    assert failed(rows) == []
+    worse = {"difference__format_strict": (-0.2, -0.3, -0.1, 12), "candidate__speed_overhead": (0.3, 0.2, 0.4, 8)}
+    rows = decide(list(DEFAULT_GATES), summary(**GOOD_FIGURES | slow | fenced | worse))
+    assert {row["name"] for row in failed(rows)} == {"base_format_kept", "base_time_kept", "overhead"}
+
+
+def test_a_slow_adapter_over_a_fast_base_fails():
+    slow = {"base__speed_seconds": (2.0, 1.9, 2.1, 8), "candidate__speed_seconds": (9.2, 8.8, 9.9, 8)}
+    assert verdicts(GOOD_FIGURES | slow)["inference_time"] == "fail"
 
 
 def test_too_few_photographs_are_not_measured_and_fail():
-    rows = decide(list(DEFAULT_GATES), summary(**GOOD_FIGURES | {"candidate__format_strict": (1.0, 9)}))
+    rows = decide(list(DEFAULT_GATES), summary(**GOOD_FIGURES | {"candidate__format_strict": (1.0, 0.9, 1.0, 4)}))
     assert [(row["name"], row["verdict"]) for row in failed(rows)] == [("tuned_format", "not measured")]
+    assert failed(rows)[0]["decides"] == "5 held-out photographs; you have 4"
 
 
 def test_a_figure_that_is_not_defined_fails():
-    rows = decide(list(DEFAULT_GATES), summary(**GOOD_FIGURES | {"difference__loss_nats": (None, 12)}))
+    rows = decide(list(DEFAULT_GATES), summary(**GOOD_FIGURES | {"difference__loss_nats": (None, None, None, 12)}))
     assert [(row["name"], row["verdict"]) for row in failed(rows)] == [("base_loss", "not measured")]
+
+
+def decides(found: Figure, **gate) -> str:
+    table = {"format.strict": found, "loss.nats": found, "speed.overhead": found}
+    made = Summary(20, {"base": {}, "candidate": table}, {"candidate-base": table}, {})
+    return decide([Gate("g", "G", **{"figure": "format.strict"} | gate)], made)[0]["decides"]
+
+
+def test_undecided_gates_say_what_would_decide_them():
+    faultless = intervals.share(np.ones(16))
+    assert decides(faultless, at_least=0.95) == "59 held-out photographs without a fault; you have 16"
+    assert intervals.share(np.ones(59)).lower >= 0.95 > intervals.share(np.ones(58)).lower
+    one = intervals.share(np.array([0.0] + [1.0] * 15))
+    assert decides(one, at_least=0.95) == "93 held-out photographs with no more than 1 fault; you have 16"
+    kept = intervals.share_difference(np.ones(16), np.ones(16))
+    text = decides(kept, at_least=-0.05, versus="base")
+    assert text == "45 held-out photographs that the candidate does not fail alone; you have 16"
+    assert intervals.share_difference(np.ones(45), np.ones(45)).lower >= -0.05
+    loss = Figure(-0.02, 16, -0.1, -0.08, 0.04, 0.06)
+    wanted = "about 36 held-out photographs, if figure and spread stay as they are; you have 16"
+    assert decides(loss, figure="loss.nats", versus="base", at_most=0.02) == wanted
+    at_bound = Figure(0.02, 16, -0.1, -0.08, 0.08, 0.1)
+    assert "at its bound" in decides(at_bound, figure="loss.nats", versus="base", at_most=0.02)
+    assert "timed photographs" in decides(Figure(0.2, 8, -0.1, -0.05, 0.3, 0.4), figure="speed.overhead", below=0.1)
 
 
 def test_gates_file_changes_switches_off_and_adds(tmp_path):
@@ -280,7 +420,7 @@ def test_gates_file_changes_switches_off_and_adds(tmp_path):
     assert gates["comments"].bound == ("above", 1.0)
     as_json = tmp_path / "gates.json"
     as_json.write_text(json.dumps({"tuned_format": {"at_least": 0.5}}))
-    assert load_gates(as_json)[1].at_least == 0.5
+    assert {gate.name: gate for gate in load_gates(as_json)}["tuned_format"].at_least == 0.5
 
 
 def test_gates_file_names_all_that_is_wrong(tmp_path):

@@ -1,13 +1,18 @@
 """evaluate_lora.py on a tiny model: adapters whose right verdict is known, interruption, and what must be refused."""
 
+import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common.evaluation import model_source
+from common.evaluation.gates import load_gates, undecided_speed
 from common.evaluation.generations import Item, OutputLog
 from common.files import read_json, write_json, write_jsonl
+from evaluate_lora import time_arms
+from integration.lora_patch.specification import PromptSpecification
 from tests.evaluation_case import evaluate, make_adapter, make_data, read_jsonl
 
 QUICK = ("--max_tokens", 20, "--timing_examples", 0)
@@ -50,8 +55,9 @@ def test_adapter_of_zeros_comes_out_as_no_difference(case):
 
 def test_sabotaged_adapter_fails(case):
     result, report = report_of(case, "sabotaged", "--lora_path", case["sabotaged"], "--gates", case["gates"])
-    assert result.exit_code == 1
-    assert "Gate failed: Validation loss not worse than the base's: fail" in result.stderr
+    assert result.exit_code == 4
+    assert "fail          Validation loss not worse than the base's" in result.stdout
+    assert "Must not ship" in result.stdout
     assert report["verdict"]["comparisons"][0]["finding"] == "worse"
 
 
@@ -68,7 +74,7 @@ def test_deployed_adapter_is_the_third_arm(case):
     assert list(report["arms"]) == ["base", "candidate", "deployed"]
     failed = {row["name"] for row in report["gates"] if row["verdict"] == "fail"}
     assert failed == {"base_loss", "deployed_loss"}
-    assert result.exit_code == 1
+    assert result.exit_code == 4
 
 
 def test_losses_are_those_of_mlx_vlms_plain_forward(case):
@@ -93,7 +99,7 @@ def test_losses_are_those_of_mlx_vlms_plain_forward(case):
 def test_timing_is_measured_in_turn_and_one_at_a_time(case):
     out = case["folder"] / "out" / "timed.json"
     arguments = ("--lora_path", case["zeros"], "--max_tokens", 6, "--timing_examples", 5, "--max_examples", 5)
-    evaluate(*arguments, "--output_report", out)
+    evaluate(*arguments, "--timing_seconds", 0, "--output_report", out)
     report = read_json(out)
     assert [row["arm"] for row in report["timings"]] == (["base", "candidate"] + ["candidate", "base"]) * 2 + [
         "base",
@@ -104,7 +110,34 @@ def test_timing_is_measured_in_turn_and_one_at_a_time(case):
     arms = report["summary"]["arms"]
     assert arms["candidate"]["speed.seconds"]["n"] == 5 and arms["candidate"]["speed.load_seconds"]["value"] > 0
     verdicts = {row["name"]: row["verdict"] for row in report["gates"]}
-    assert verdicts["inference_time"] == "pass" and verdicts["tuned_format"] == "not measured"
+    assert verdicts["inference_time"] == "pass" and verdicts["tuned_format"] == "fail"
+
+
+class Clocked:
+    """A source whose timed runs take a noisy time about ``seconds``; counts the photographs timed."""
+
+    arms = ["base", "candidate"]
+
+    def __init__(self, overhead: float):
+        self.overhead, self.asked, self.rng = overhead, [], random.Random(1)
+
+    def timings(self, items):
+        for item in items:
+            self.asked.append(item)
+            for arm, seconds in (("base", 1.0), ("candidate", 1.0 + self.overhead)):
+                noisy = seconds * self.rng.uniform(0.85, 1.15)
+                times = {"seconds": noisy, "first_token_seconds": 0.1 * noisy, "tokens": 100}
+                yield {"kind": "timing", "arm": arm, "example": item, **times}
+
+
+@pytest.mark.parametrize(("overhead", "decided"), [(0.05, True), (0.18, True), (0.1, False)])
+def test_timing_repeats_until_the_gates_are_decided_or_the_time_is_spent(overhead, decided):
+    options = SimpleNamespace(from_outputs=None, timing_examples=8, timing_seconds=0.5)
+    source, gates = Clocked(overhead), load_gates(None)
+    rows = time_arms(source, list(range(20)), SimpleNamespace(options=options), gates)
+    assert source.asked[: min(20, len(source.asked))] == list(range(20))[: len(source.asked)]  # new photographs first
+    assert undecided_speed(gates, rows, source.arms) != decided
+    assert len(source.asked) > 8
 
 
 def test_constrained_run_stands_beside_the_free_one(case):
@@ -128,10 +161,10 @@ def test_sampled_evaluation_is_seeded(case):
     assert all(len(set(samples)) == 2 for samples in texts[0])
 
 
-def test_interrupted_evaluation_goes_on_where_it_stopped(case, monkeypatch, tmp_path):
+def test_interrupted_evaluation_resumes_where_it_stopped(case, monkeypatch, tmp_path):
     arguments = ("--lora_path", case["sabotaged"], "--gates", case["gates"], *QUICK, "--batch_size", 2)
     whole = evaluate(*arguments, "--output_report", tmp_path / "whole" / "report.json")
-    assert whole.exit_code == 1
+    assert whole.exit_code == 4
     asked, outputs = [], model_source.ModelSource.outputs
 
     def broken(self, arm, items, samples):
@@ -174,7 +207,7 @@ def test_hyphenated_flags_and_base_by_name(case):
     result = evaluate(
         *given, "--output-report", f"{out}/", "--max-examples", 1, "--max-tokens", 4, "--timing-examples", 0
     )
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert (out / "comparison_report.json").is_file() and (out / "comparison_report.html").is_file()
     assert "not measured" in result.stdout
 
@@ -281,7 +314,7 @@ def test_item_key_names_content():
     from common.dataset import Example
 
     def key(prompt="p", response="r", sha="a"):
-        return Item(0, Example(prompt, response, (), (), "job", "f:1"), [sha], []).key
+        return Item(0, Example(prompt, response, (), (), "job", "f:1"), [sha], PromptSpecification()).key
 
     assert key() == key()
     assert len({key(), key("q"), key(response="s"), key(sha="b")}) == 4

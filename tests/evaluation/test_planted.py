@@ -49,7 +49,9 @@ def planted(rows: list[dict]) -> list[dict]:
                     5: (text[:-1], "stop"),
                 }.get(at, (text, finish))
             elif at == 7:
-                text = compact_json(analysis | {"mood": HOSTILE, "image_description": HOSTILE})
+                text = compact_json(
+                    analysis | {"mood": HOSTILE, "image_description": f"{analysis['image_description']} {HOSTILE}"}
+                )
             found.append(
                 {"kind": "output", "arm": arm, "example": at, "text": text, "finish": finish, "tokens": 400 + at}
             )
@@ -111,34 +113,69 @@ def test_speed_figures_are_exactly_the_planted_ones(report):
     assert report[1]["summary"]["ratios"]["candidate/base"]["speed.seconds"]["value"] == pytest.approx(1.08)
 
 
-def test_gates_exit_code_and_reasons(report):
+def test_gates_and_exit_code(report):
     result, content, _ = report
-    assert result.exit_code == 1
-    verdicts = {row["name"]: row["verdict"] for row in content["gates"]}
-    assert verdicts.pop("base_format") == "fail"
-    assert set(verdicts.values()) == {"pass", "not applicable"}
-    reasons = [line for line in result.stderr.splitlines() if line.startswith("Gate failed")]
-    assert reasons == ["Gate failed: Base format compliance: fail; base: 70.0%, wanted >= 90.0%"]
-    assert content["verdict"]["comparisons"][0]["finding"] == "better"
-
-
-def test_exit_code_is_0_when_every_gate_passes(case):
-    folder, adapter, rows = case
-    gates = folder / "gates.toml"
-    gates.write_text("[base_format]\nat_least = 0.7\n")
-    write_jsonl(folder / "outputs.jsonl", planted(rows))
-    arguments = ("--from_outputs", folder / "outputs.jsonl", "--output_report", folder / "passed" / "report.json")
-    result = evaluate("--lora_path", adapter, *arguments, "--gates", gates)
     assert result.exit_code == 0, result.output
-    assert "All gates pass." in result.stdout
-    assert "May ship" in (folder / "passed" / "report.html").read_text("utf-8")
+    verdicts = {row["name"]: row["verdict"] for row in content["gates"]}
+    assert verdicts == {
+        "base_format": "reported",  # the base's own failing is not held against the adapter
+        "base_format_kept": "pass",
+        "tuned_format": "likely",
+        "inference_time": "pass",
+        "base_time_kept": "not applicable",
+        "overhead": "pass",
+        "base_loss": "pass",
+        "deployed_format": "not applicable",
+        "deployed_loss": "not applicable",
+        "same_advice": "off",
+    }
+    verdict = content["verdict"]
+    assert (verdict["promotable"], verdict["word"], verdict["exit_code"]) == (True, "likely", 0)
+    assert verdict["comparisons"][0]["finding"] == "better"
+    assert verdict["headline"] == (
+        "Answers are in the prompt's format 95% instead of 70% and scores are 1.0 points off instead of 2.0; "
+        "no gate stands against it."
+    )
+    assert verdict["decides"] == [
+        "Tuned format compliance: 93 held-out photographs with no more than 1 fault; you have 20"
+    ]
+    assert result.stdout.count("Tuned format compliance:") == 2  # the gate, and what would settle it
+
+
+def evaluated(case, name: str, rows: list[dict], *arguments: object):
+    folder, adapter, _ = case
+    write_jsonl(folder / f"{name}_outputs.jsonl", rows)
+    out = folder / name / "report.json"
+    given = ("--from_outputs", folder / f"{name}_outputs.jsonl", "--output_report", out)
+    return evaluate("--lora_path", adapter, *given, *arguments), read_json(out)
+
+
+@pytest.mark.parametrize(
+    ("gate", "arguments", "code", "word"),
+    [
+        ("[tuned_format]\nat_least = 0.5\n", (), 0, "pass"),
+        ("", ("--strict",), 3, "likely"),
+        ("[tuned_format]\nat_least = 0.97\n", (), 3, "unlikely"),
+        ("[tuned_format]\nmin_photographs = 21\n", (), 3, "not measured"),
+        ("[overhead]\nbelow = 0.05\n", (), 4, "fail"),
+        ("[base_format]\nstrict = true\n", (), 4, "fail"),
+    ],
+)
+def test_exit_code_follows_the_worst_gate(case, gate, arguments, code, word):
+    path = case[0] / "gates.toml"
+    path.write_text(gate)
+    result, content = evaluated(case, "coded", planted(case[2]), "--gates", path, *arguments)
+    verdict = content["verdict"]
+    assert (result.exit_code, verdict["word"], verdict["promotable"]) == (code, word, code == 0), result.output
+    assert ("May ship" in result.stdout) == (code == 0)
+    assert ("blocked by" in verdict["headline"]) == (code != 0)
 
 
 def test_every_figure_can_be_computed_again_from_the_file(report):
     content = copy.deepcopy(report[1])
     wanted = {name: content.pop(name) for name in ("summary", "gates", "verdict")}
     for example in content["examples"]:
-        for key in ("reference", "reference_measures"):
+        for key in ("reference", "reference_measures", "reference_scores"):
             del example[key]
         for outputs in example["outputs"].values():
             for output in outputs:
@@ -195,27 +232,36 @@ def test_page_is_self_contained_and_escapes_model_output(report):
     page.feed(text)
     assert page.tags.count("script") == 1
     assert page.handlers == []
-    assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
-    assert page.tags.count("img") == PHOTOS
+    outside = [address for address in page.addresses if not address.startswith("data:image/jpeg;base64,")]
+    assert all(re.fullmatch(r"#photo-\d+", address) for address in outside)
+    assert page.tags.count("img") == PHOTOS + len(outside)
     digest = b64encode(sha256(page.scripts[0].encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in text
     assert "&lt;script&gt;alert(1)" in text
     assert "url(" not in text and "@import" not in text
 
 
-def test_page_says_the_verdict_first_and_shows_every_gate_and_photograph(report):
+def test_page_says_the_verdict_first_then_what_changed_most(report):
     text = re.sub(r"<style>.*?</style>", "", report[2], flags=re.S)
-    assert (
-        text.index("Must not ship")
-        < text.index("<h2>Gates")
-        < text.index("<h2>Figures")
-        < text.index("<h2>Photographs")
-    )
+    headings = re.findall(r"<h[12]>(.*?)</h[12]>", text)
+    assert headings == ["May ship", "Gained most", "Lost most", "Gates", "Figures", "Photographs", "How this was made"]
+    assert text.index(report[1]["verdict"]["headline"].replace("'", "&#39;")) < text.index("Gained most")
     for row in report[1]["gates"]:
-        assert row["title"].replace("'", "&#39;") in text
-    assert text.count('<article class="card"') == PHOTOS
-    worst = re.search(r'data-index="(\d+)"', text)
-    assert worst[1] == "7"  # the candidate's one broken output
+        assert (row["title"].replace("'", "&#39;") in text) == (row["verdict"] != "off")
+    assert text.count('<details class="card') == PHOTOS
+    # the six whose base answers were broken gain most; the candidate's own broken answer comes first in the list
+    gained = re.findall(r'href="#photo-(\d+)"', text)
+    assert set(map(int, gained[:3])) <= set(range(1, 7)) and gained[3:] == ["8"]
+    worst = re.search(r'<details class="card[^>]* data-index="(\d+)"', text)
+    assert worst[1] == "7"
+
+
+def test_page_can_be_read_by_all(report):
+    text = report[2]
+    assert re.search(r"<th(?![^>]*scope=)[\s>]", text) is None
+    assert "loading=" not in text
+    alts = re.findall(r'<img [^>]*alt="([^"]*)"', text)
+    assert len(alts) >= PHOTOS and all(re.match(r"Photograph \d+: \w", alt) for alt in alts)
 
 
 def test_recorded_outputs_with_mistakes_are_named_by_line(case):
