@@ -1,5 +1,6 @@
 """Run a request's generation in its arm: one at a time, a bad answer of an adapter made good by the base."""
 
+import contextlib
 import functools
 import logging
 import threading
@@ -9,14 +10,22 @@ from collections import Counter
 
 from .adapters import Adapter
 from .answers import analysis_problem, text_of
-from .arms import ARMS, Job, assign, scope_of_request
-from .calls import Call, prepared
+from .arms import ARMS, Job, Scope, assign, is_carried, scope_of_request
+from .calls import Call
 from .errors import one_line
 from .flags import flags
 from .in_use import AdaptersInUse
 from .jobs import Recorder
 from .log import say
+from .streams import ReaderLeft, Relay, with_text
 from .switching import Use, switched_on
+
+REQUEST_MODES = {  # what a request of the service's family may say under "mode"
+    **dict.fromkeys(("lora", "rag+lora", "rag_lora", "fine_tuned"), "fine_tuned"),
+    **dict.fromkeys(("baseline", "base", "rag"), "base"),
+    "ab_test": "ab_test",
+}
+TAIL = 300  # characters of a prompt's end by which the passes of a service are told apart
 
 
 class Answering:
@@ -26,8 +35,13 @@ class Answering:
         self.adapters, self.recorder = adapters, recorder
         self.generating = threading.Lock()  # mlx-vlm keeps state in the model: one generation at a time
         self.counts, self.prompts = Counter(), Counter()
+        self.stored: dict[str, bool] = {}  # end of a prompt -> whether its answer was the last of its job
 
-    def choose(self, job_id: str | None, advisor: str | None, override: str | None) -> Job:
+    def choose(self, job_id: str | None, advisor: str | None, fields: dict) -> Job:
+        """Make a job and choose its arm: by the request's own ``mode`` if it has one, else as the service's mode says.
+
+        ``fields``: what the request says besides, see `routes.request_fields`.
+        """
         if isinstance(advisor, dict):
             advisor = advisor.get("id")
         elif isinstance(advisor, list | tuple) and len(advisor) == 1:
@@ -35,130 +49,193 @@ class Answering:
         advisor = str(advisor).strip().lower() if advisor else None
         adapter = self.adapters.of(advisor)
         job = Job(str(job_id) if job_id else None, advisor, "base", adapter)
-        if adapter is not None and self.adapters.mode != "base":
-            if override in ("base", "fine_tuned") and flags.allow_arm_override:
-                job.arm = override
-            elif self.adapters.mode == "fine_tuned":
-                job.arm = "fine_tuned"
-            else:
+        if adapter is not None:
+            mode = REQUEST_MODES.get(str(fields.get("mode") or "").strip().lower(), self.adapters.mode)
+            if fields.get("override") in ("base", "fine_tuned") and flags.allow_arm_override:
+                mode = fields["override"]
+            if mode == "ab_test":
                 job.in_test = True
                 job.arm = assign(job.id or uuid.uuid4().hex, self.adapters.split)
+            else:
+                job.arm = mode
         scope = scope_of_request.get()
         if scope is not None:
             scope.jobs.append(job)
         return job
 
     def generate(self, function, args: tuple, kwargs: dict, job: Job):
-        """Run mlx_vlm.generate, or a function that returns an answer, in the job's arm; see `generation`."""
+        """Run mlx_vlm.generate, or a function that returns an answer, in the job's arm; see `hooks.generation`."""
         call = Call(function, args, kwargs)
-        with self.generating:
-            use_adapter = self.settle(job)
-            begun = time.perf_counter()
+        with self._turn(job, call) as adapter:
+            if adapter is None:
+                return self._run(call, None)[0]
+            error = None
             try:
-                with prepared(call, job.adapter.max_image_size if use_adapter or job.in_test else None):
-                    if not use_adapter:
-                        return self.run(call, None)[0]
-                    result, problem, error = self.attempt(call, job.adapter)
-                    self.judge(job, problem, time.perf_counter() - begun)
-                    if problem is None or not flags.fallback_on_invalid:
-                        if error is not None:
-                            raise error
-                        return result
-                    say(logging.WARNING, f"job {job.id!r}: {job.version} gave {problem}; the base answers instead")
-                    job.fallback = True
-                    if job.in_test:  # the arms of a test see the same photograph
-                        return self.run(call, None)[0]
-                return self.run(call, None)[0]
-            finally:
-                job.seconds += time.perf_counter() - begun
-                self.finish(job, call.prompt)
+                result, happened = self._run(call, adapter)
+                problem = self._problem(result, happened, call)
+            except Exception as raised:  # whatever the adapter led to, the base may do better
+                error, problem = raised, one_line(raised)
+            if self._falls_back(job, problem):
+                call.use_photo(call.prepared if job.in_test else call.photo)
+                return self._run(call, None)[0]
+            if error is not None:
+                raise error
+            return result
 
     def stream(self, function, args: tuple, kwargs: dict, job: Job):
-        """The same for one that yields its answer. With a retry on the base in prospect, nothing of the adapter's is
-        passed on before it has been found good: what has been sent cannot be taken back."""
-        if job.arm == "fine_tuned" and flags.fallback_on_invalid:
-            whole = functools.wraps(function)(lambda *positional, **named: list(function(*positional, **named)))
-            yield from self.generate(whole, args, kwargs, job)
-            return
-        call = Call(function, args, kwargs)
-        with self.generating:
-            use_adapter = self.settle(job)
-            begun, pieces, error, ended = time.perf_counter(), [], None, False
-            use = Use(job.adapter) if use_adapter else None
+        """The same for one that yields its answer, which is generated in a thread of its own.
+
+        With a retry on the base in prospect, the pieces come without their text, so that whoever waits sees that
+        there is progress; the text comes with the last piece, once the answer is found good. What has been sent
+        cannot be taken back.
+        """
+        relay = Relay()
+        yield from relay.read(functools.partial(self._produce, Call(function, args, kwargs), job, relay))
+
+    def _produce(self, call: Call, job: Job, relay: Relay) -> None:
+        with self._turn(job, call) as adapter:
+            if adapter is None:
+                self._pieces(call, None, relay.put)
+                return
+            holds = flags.fallback_on_invalid and not self._is_intermediate(call.prompt)
+            held, error = [], None
+
+            def put(piece):
+                if holds and held and (blank := with_text(held[-1], "")) is not None:
+                    relay.put(blank)
+                held.append(piece)
+                if not holds:
+                    relay.put(piece)
+
             try:
-                with prepared(call, job.adapter.max_image_size if use_adapter or job.in_test else None):
-                    steps = function(*call.args, **call.kwargs)
-                    while True:
-                        with switched_on(use):  # set anew for each piece: between them this is the caller's context
-                            try:
-                                piece = next(steps)
-                            except StopIteration:
-                                ended = True
-                                break
-                        pieces.append(piece)
-                        yield piece
-            except Exception as problem:
-                error, ended = one_line(problem), True
+                happened = self._pieces(call, adapter, put)
+                problem = self._problem(held, happened, call)
+            except ReaderLeft:  # says nothing about the answer
+                job.judged = False
                 raise
-            finally:
-                if use_adapter and ended:  # a reader who turned away says nothing about the answer
-                    self.judge(job, error or self.problem_of(pieces, use.happened, call), time.perf_counter() - begun)
-                job.seconds += time.perf_counter() - begun
-                self.finish(job, call.prompt)
+            except Exception as raised:
+                error, problem = raised, one_line(raised)
+            if self._falls_back(job, problem):
+                call.use_photo(call.prepared if job.in_test else call.photo)
+                self._pieces(call, None, relay.put)
+            elif error is not None:
+                raise error
+            elif holds:
+                whole = with_text(held[-1], text_of(held) or "") if held else None
+                for piece in held if whole is None else [whole]:
+                    relay.put(piece)
 
-    def settle(self, job: Job) -> bool:
-        """Decide, with the model in hand, whether the adapter is used: its breaker may have gone off in the queue."""
-        if job.arm != "fine_tuned" or job.adapter is None:
-            return False
-        if job.adapter.breaker.since is not None:
-            job.arm, job.in_test = "base", False  # an answer of the base, but no part of the test
-            return False
-        job.version = job.adapter.version
-        return True
+    @contextlib.contextmanager
+    def _turn(self, job: Job, call: Call):
+        """Wait for the model, decide the arm, and yield the adapter to answer with; under the lock is nothing slow.
 
-    def attempt(self, call: Call, adapter: Adapter):
-        """Return (result, problem, exception) of an answer with the adapter."""
+        The photograph of a tuned answer, and of both arms of a test, is the one that training would see.
+        """
+        seconds = None
         try:
-            result, happened = self.run(call, adapter)
-        except Exception as error:  # whatever the adapter led to, the base may do better
-            return None, one_line(error), error
-        return result, self.problem_of(result, happened, call), None
+            if job.arm == "fine_tuned" or job.in_test:
+                call.prepare_photo(job.adapter.max_image_size)
+            with self.generating:
+                adapter = self._settle(job)
+                if adapter is not None or job.in_test:
+                    call.use_photo(call.prepared)
+                job.judged, job.problem, job.fallback = adapter is not None, None, False
+                begun = time.perf_counter()
+                try:
+                    yield adapter
+                finally:
+                    seconds = time.perf_counter() - begun
+        finally:
+            call.remove_files()
+            if seconds is not None:
+                self._finish(job, call.prompt, seconds)
 
-    def problem_of(self, result, happened: bool, call: Call) -> str | None:
-        if not happened:
-            return "no use of the adapter (is the model loaded through lora_patch.attach?)"
-        text = text_of(result)
-        unknown = text is None and result is not None  # a result of a kind that we cannot look into
-        return None if unknown else analysis_problem(text, call.prompt)
+    def _settle(self, job: Job) -> Adapter | None:
+        """Decide, with the model in hand, whether the adapter is used: its breaker may have gone off in the queue.
 
-    def run(self, call: Call, adapter: Adapter | None):
+        Once decided, a job keeps its arm: all its answers come from one model.
+        """
+        if not job.settled and job.arm == "fine_tuned" and job.adapter.breaker.since is not None:
+            job.arm, job.in_test = "base", False  # an answer of the base, but no part of the test
+        job.settled = True
+        if job.arm != "fine_tuned":
+            return None
+        job.version = job.adapter.version
+        return job.adapter
+
+    def _run(self, call: Call, adapter: Adapter | None):
+        """Return (result, whether the adapter took part)."""
         use = Use(adapter) if adapter else None
         call.rewind()
         with switched_on(use):
             result = call.function(*call.args, **call.kwargs)
         return result, bool(use and use.happened)
 
-    def judge(self, job: Job, problem: str | None, seconds: float) -> None:
-        limit = flags.breaker_time_limit or getattr(flags.service, "model_timeout", None)
-        if problem is None and limit and seconds > float(limit):
-            problem = f"an answer after {seconds:.0f} s, more than {float(limit):g} s"
-        if problem is not None:
-            self.counts["invalid"] += 1
-        if job.adapter.breaker.note(problem):
-            say(logging.ERROR, f"CIRCUIT BREAKER: {job.adapter.path} ({job.version}) gave too many bad answers, "
-                f"the last one: {problem}; the base answers until POST /lora/rearm or a reload")  # fmt: skip
+    def _pieces(self, call: Call, adapter: Adapter | None, put) -> bool:
+        """Put the pieces of a generator's answer; return whether the adapter took part."""
+        use = Use(adapter) if adapter else None
+        call.rewind()
+        with switched_on(use), contextlib.closing(call.function(*call.args, **call.kwargs)) as pieces:
+            for piece in pieces:
+                put(piece)
+        return bool(use and use.happened)
 
-    def finish(self, job: Job, prompt: str) -> None:
-        if not job.done:
-            self.counts[job.model_used] += 1
+    def _problem(self, result, happened: bool, call: Call) -> str | None:
+        if not happened:
+            return "no use of the adapter (is the model loaded through lora_patch.attach?)"
+        text = text_of(result)
+        if (text is None and result is not None) or self._is_intermediate(call.prompt):
+            return None  # a result of a kind that we cannot look into, or one that is not what is stored
+        return analysis_problem(text, call.prompt)
+
+    def _falls_back(self, job: Job, problem: str | None) -> bool:
+        job.problem = problem
+        job.fallback = problem is not None and flags.fallback_on_invalid
         if job.fallback:
-            self.counts["fallback"] += 1
-        job.done = True
-        if job.adapter is not None:
-            self.prompts[self.recorder.compare_prompt(prompt, job.advisor)] += 1
+            say(logging.WARNING, f"job {job.id!r}: {job.version} gave {problem}; the base answers instead")
+        return job.fallback
+
+    def _is_intermediate(self, prompt: str) -> bool:
+        """Tell whether jobs of this service go on after an answer to this prompt: only what is stored is judged."""
+        return self.stored.get(prompt[-TAIL:]) is False
+
+    def _finish(self, job: Job, prompt: str, seconds: float) -> None:
+        limit = flags.breaker_time_limit or getattr(flags.service, "model_timeout", None)
+        if job.judged and job.problem is None and limit and seconds > float(limit):
+            job.problem = f"an answer after {seconds:.0f} s, more than {float(limit):g} s"
+        job.seconds += seconds
+        job.prompts.append(prompt)
+        job.concluded = False
         scope = scope_of_request.get()
-        if scope is None or not scope.is_open:
-            self.recorder.record(job)
+        if not is_carried.get() and (scope is None or not scope.is_open):
+            self.conclude(job)
+
+    def conclude_all(self, scope: Scope | None) -> None:
+        """Conclude the jobs of a request; recorded again at its end, since the service may write the row anew."""
+        for job in scope.jobs if scope is not None else ():
+            if job.done:
+                self.conclude(job)
+
+    def conclude(self, job: Job) -> None:
+        """Judge and record a job that asks the model no more: by its last answer, which is the one that is stored."""
+        if not job.concluded:
+            job.concluded = True
+            self.counts[job.model_used] += not job.counted
+            job.counted = True
+            self.counts["fallback"] += job.fallback
+            self.counts["invalid"] += job.problem is not None
+            if len(self.stored) > 1000:
+                self.stored.clear()
+            for prompt in job.prompts[:-1]:
+                self.stored.setdefault(prompt[-TAIL:], False)
+            self.stored[job.prompts[-1][-TAIL:]] = True
+            if job.adapter is not None:
+                self.prompts[self.recorder.compare_prompt(job.prompts[-1], job.advisor)] += 1
+            if job.judged and job.adapter.breaker.note(job.problem):
+                say(logging.ERROR, f"CIRCUIT BREAKER: {job.adapter.path} ({job.version}) gave too many bad answers, "
+                    f"the last one: {job.problem}; the base answers until POST /lora/rearm or a reload to another "
+                    "version")  # fmt: skip
+        self.recorder.record(job)
 
     def health(self) -> dict:
         """Return what /health says of the answers so far."""

@@ -48,7 +48,7 @@ class Breaker:
 
 @dataclass
 class Job:
-    """One request on its way through the service."""
+    """One request on its way through the service; it may ask the model several times, and stores the last answer."""
 
     id: str | None
     advisor: str | None
@@ -56,9 +56,18 @@ class Job:
     adapter: object | None  # the `Adapter` of its advisor, also when the arm is base
     in_test: bool = False
     version: str | None = None
-    seconds: float = 0.0
-    fallback: bool = False
-    done: bool = False
+    seconds: float = 0.0  # of generation, waiting for the model not
+    problem: str | None = None  # of the last answer
+    judged: bool = False  # the last answer is the adapter's, or was meant to be
+    fallback: bool = False  # the last answer is the base's in place of the adapter's
+    prompts: list = field(default_factory=list)  # of each answer
+    settled: bool = False  # the first answer is begun: the arm is decided for good
+    concluded: bool = False  # judged by the last answer so far
+    counted: bool = False
+
+    @property
+    def done(self) -> bool:
+        return bool(self.prompts)
 
     @property
     def model_used(self) -> str:
@@ -70,8 +79,9 @@ class Scope:
     """A request: the jobs chosen in it (more than one when several advisors judge one photograph)."""
 
     jobs: list = field(default_factory=list)
-    is_open: bool = True
+    is_open: bool = True  # more answers may come
 
 
 scope_of_request = contextvars.ContextVar("lora_patch_scope", default=None)
+is_carried = contextvars.ContextVar("lora_patch_carried", default=False)  # in a thread that answers for a request
 job_of_request = contextvars.ContextVar("lora_patch_job", default=None)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from .log import say
 
-_UNSET = object()
 PHOTO_NAMES = (
     "image_path",
     "image",
@@ -34,18 +33,33 @@ class Call:
         except (TypeError, ValueError):
             names = []
         at = dict(zip(names, range(len(self.args)), strict=False))
-        self.photo = next((name for name in PHOTO_NAMES if name in self.kwargs or name in at), None)
-        self.photo_at = at.get(self.photo)
+        self.photo_name = next((name for name in PHOTO_NAMES if name in self.kwargs or name in at), None)
+        self.photo_at = at.get(self.photo_name)
+        if self.photo_name in self.kwargs:
+            self.photo = self.kwargs[self.photo_name]
+        else:
+            self.photo = None if self.photo_at is None else self.args[self.photo_at]
+        self.prepared = self.photo  # until `prepare_photo`
+        self.files: list[str] = []
         named = next((name for name in PROMPT_NAMES if name in self.kwargs or name in at), None)
         prompt = self.kwargs.get(named) if named in self.kwargs else self.args[at[named]] if named else ""
         self.prompt = prompt if isinstance(prompt, str) else ""
 
-    def _photo(self, value=_UNSET):
-        place = self.kwargs if self.photo in self.kwargs else self.args
-        key = self.photo if place is self.kwargs else self.photo_at
-        if value is not _UNSET:
-            place[key] = value
-        return place[key]
+    def use_photo(self, photo) -> None:
+        """Put a photograph, as it came or prepared, among the arguments."""
+        if self.photo_name in self.kwargs:
+            self.kwargs[self.photo_name] = photo
+        elif self.photo_at is not None:
+            self.args[self.photo_at] = photo
+
+    def prepare_photo(self, max_image_size: int) -> None:
+        """Fill `prepared` with the photograph as training sees it, in the form in which it came."""
+        from .photo import PhotoError  # Pillow: slow to import
+
+        try:
+            self.prepared = self._prepare(self.photo, max_image_size)
+        except PhotoError as error:
+            say(logging.WARNING, f"left as it is: {error}")  # the service has its own answer to such a file
 
     def rewind(self) -> None:
         """Let a second attempt read an open file from its start again."""
@@ -53,43 +67,22 @@ class Call:
             if isinstance(value, io.BytesIO):
                 value.seek(0)
 
-
-class prepared:
-    """Within it, the photograph among a call's arguments is the one that training would see (None: as it came)."""
-
-    def __init__(self, call: Call, max_image_size: int | None):
-        self.call, self.size, self.files = call, max_image_size, []
-
-    def __enter__(self):
-        if self.size is None or self.call.photo is None:
-            self.before = _UNSET
-            return
-        self.before = self.call._photo()
-        from .photo import PhotoError  # Pillow: slow to import
-
-        try:
-            self.call._photo(self.prepare(self.before))
-        except PhotoError as error:
-            say(logging.WARNING, f"left as it is: {error}")  # the service has its own answer to such a file
-
-    def __exit__(self, *exception):
-        if self.before is not _UNSET:
-            self.call._photo(self.before)
+    def remove_files(self) -> None:
+        """Remove the files that prepared photographs were written to."""
         for path in self.files:
             Path(path).unlink(missing_ok=True)
 
-    def prepare(self, photo):
-        """Return the photograph as training sees it, in the form in which it came: path, bytes, file, picture, list."""
+    def _prepare(self, photo, size: int):
         from PIL import Image
 
         from .photo import load_photo, prepare_image
 
         if isinstance(photo, list | tuple):
-            return type(photo)(self.prepare(one) for one in photo)
+            return type(photo)(self._prepare(one, size) for one in photo)
         if isinstance(photo, Image.Image):
-            return prepare_image(photo, self.size)
+            return prepare_image(photo, size)
         if isinstance(photo, str | os.PathLike) and os.path.isfile(photo):
-            picture = load_photo(photo, self.size)
+            picture = load_photo(photo, size)
             handle, path = tempfile.mkstemp(suffix=".png", prefix="lora_patch_")
             self.files.append(path)
             with open(handle, "wb") as file:
@@ -99,7 +92,7 @@ class prepared:
             raw = io.BytesIO(photo) if isinstance(photo, bytes) else photo
             raw.seek(0)
             out = io.BytesIO()
-            load_photo(raw, self.size).save(out, "PNG", compress_level=1)
+            load_photo(raw, size).save(out, "PNG", compress_level=1)
             out.seek(0)
             return out.getvalue() if isinstance(photo, bytes) else out
         return photo

@@ -9,7 +9,7 @@ import sys
 import threading
 
 from .answering import Answering
-from .arms import Job, job_of_request, scope_of_request
+from .arms import Job, is_carried, job_of_request, scope_of_request
 from .errors import LoraError, one_line
 from .flags import flags
 from .in_use import AdaptersInUse
@@ -72,7 +72,7 @@ def choose(job_id=None, advisor=None) -> None:
     """Say, before the model is asked, which job this is and whose voice it wants: that decides its arm."""
     if flags.is_on:
         fields = request_fields()
-        job = service.choose(job_id or fields.get("job_id"), advisor or fields.get("advisor"), fields.get("override"))
+        job = service.choose(job_id or fields.get("job_id"), advisor or fields.get("advisor"), fields)
         job_of_request.set(job)
 
 
@@ -81,7 +81,7 @@ def _current_job() -> Job:
     if (job := job_of_request.get()) is not None:
         return job
     fields = request_fields()
-    return service.choose(fields.get("job_id"), fields.get("advisor"), fields.get("override"))
+    return service.choose(fields.get("job_id"), fields.get("advisor"), fields)
 
 
 def carry(function):
@@ -93,10 +93,13 @@ def carry(function):
     @functools.wraps(function)
     def carried(*args, **kwargs):
         def call():
+            is_outermost, scope = not is_carried.get(), scope_of_request.get()
+            is_carried.set(True)
             try:
                 return function(*args, **kwargs)
             finally:
-                service.recorder.record_all(scope_of_request.get())
+                if is_outermost and (scope is None or not scope.is_open):  # else who waits for the thread does it
+                    service.conclude_all(scope)
 
         return context.copy().run(call)
 

@@ -41,12 +41,13 @@ class AdaptersInUse:
         try:
             if flags.use_fine_tuned and flags.model_mode not in (None, "fine_tuned"):
                 self.mode = "fine_tuned"
-                raise LoraError(f"--use_fine_tuned and --model_mode {flags['model_mode']} contradict each other")
+                raise LoraError(f"--use_fine_tuned and --model_mode {flags.model_mode} contradict each other")
             if self.mode != "base" and not flags.lora_path and not flags.model_config:
                 raise LoraError(f"--model_mode {self.mode} needs --lora_path or --model_config")
             sources, implied = find_sources(flags.lora_path, flags.model_config)
             self.mode = self.wanted_mode(implied)
-            self.table = {} if self.mode == "base" else self.read(sources)
+            # with --lora_path a request may ask for the adapter also where the base is the default
+            self.table = self.read(sources) if self.mode != "base" or flags.lora_path else {}
             if self.mode != "base" and not sources:
                 say(logging.WARNING, "no adapter is deployed: the base answers everything")
         except LoraError as error:
@@ -97,9 +98,9 @@ class AdaptersInUse:
             if self.refusal is not None:
                 raise self.refusal
             if not self.started:
-                self.started = True
                 self.base_name = getattr(flags.service, "mlx_model", None)
                 self.load()
+                self.started = True
 
     def fit(self, table: dict[str, Adapter]) -> None:
         """Check adapters against the served model's files and, once it is loaded, its layers."""
@@ -122,7 +123,7 @@ class AdaptersInUse:
             sources, implied = find_sources(flags.lora_path, flags.model_config)
             asked = mode or self.asked  # what was asked for by hand holds until it is asked for otherwise
             mode = asked or self.wanted_mode(implied)
-            table = {} if mode == "base" else self.read(sources)
+            table = {} if asked == "base" or (mode == "base" and not flags.lora_path) else self.read(sources)
             self.fit(table)
             self.table, self.mode, self.problem, self.refusal, self.asked = table, mode, None, None, asked
             self.split = self.split if split is None else split

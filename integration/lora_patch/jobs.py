@@ -9,7 +9,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from .arms import Job, Scope
+from .arms import Job
 from .errors import LoraError, one_line
 from .flags import flags
 from .log import say
@@ -23,11 +23,13 @@ COLUMNS = {  # added to the jobs table
 }
 
 
-def connect(path: Path, mode: str) -> sqlite3.Connection:
-    """Open an existing database, ro or rw; a service that writes to it is waited for up to 5 seconds."""
+def connect(path: Path, mode: str, timeout: float = 5) -> sqlite3.Connection:
+    """Open an existing database, ro or rw; a service that writes to it is waited for up to ``timeout`` seconds."""
     if not Path(path).is_file():
         raise LoraError(f"{path}: no such database")
-    return sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode={mode}", uri=True, timeout=5, isolation_level=None)
+    return sqlite3.connect(
+        f"{Path(path).resolve().as_uri()}?mode={mode}", uri=True, timeout=timeout, isolation_level=None
+    )
 
 
 def key_and_columns(db: sqlite3.Connection) -> tuple[str, set[str]]:
@@ -68,6 +70,10 @@ def migrate(path: Path) -> list[str]:
         return missing
 
 
+TRIES = 20  # looks for a job's row, which a service may write late
+WAIT = 0.2  # seconds that a request waits for a locked database; what it could not write is written later
+
+
 class Recorder:
     """Writes into the jobs table which arm answered; what cannot be written now is tried again later."""
 
@@ -79,14 +85,8 @@ class Recorder:
         self.writing = threading.Lock()
         self.not_before, self.later = 0.0, None
 
-    def record_all(self, scope: Scope | None) -> None:
-        """Write the finished jobs of a request; again at its end, since the service may have written the row anew."""
-        for job in scope.jobs if scope is not None else ():
-            if job.done:
-                self.record(job)
-
     def record(self, job: Job) -> None:
-        if self.state == "on" and job.id is not None:
+        if (self.state == "on" or self.state.startswith("waiting")) and job.id is not None:
             self.pending.append([job.model_used, job.version, round(job.seconds, 3), int(job.fallback), job.id, 0])
             self.write_pending()
 
@@ -96,14 +96,15 @@ class Recorder:
             if not self.pending or time.monotonic() < self.not_before:
                 return
             try:
-                with contextlib.closing(connect(self.path, "rw")) as db:
+                with contextlib.closing(connect(self.path, "rw", WAIT)) as db:
                     key = key_and_columns(db)[0]
+                    found = self.state == "on" or self._finds_a_job(db, key)
                     assignments = ", ".join(f"{column} = ?" for column in COLUMNS)
-                    for _ in range(len(self.pending)):
+                    for _ in range(len(self.pending) if found else 0):
                         *values, tries = self.pending[0]
                         changed = db.execute(f"UPDATE jobs SET {assignments} WHERE {key} = ?", values).rowcount
                         self.pending.popleft()
-                        if not changed and tries < 20:
+                        if not changed and tries < TRIES:
                             self.pending.append([*values, tries + 1])
                         elif not changed:
                             self.lost += 1
@@ -116,29 +117,58 @@ class Recorder:
                 self.later.daemon = True
                 self.later.start()
 
+    def _finds_a_job(self, db: sqlite3.Connection, key: str) -> bool:
+        """Migrate a database that the service does not name once one of its jobs is found there."""
+        for entry in self.pending:
+            if db.execute(f"SELECT 1 FROM jobs WHERE {key} = ?", (entry[-2],)).fetchone():
+                self._migrate()
+                return True
+            entry[-1] += 1
+        if any(entry[-1] > TRIES for entry in self.pending):
+            self._give_up("none of this service's jobs stands in it")
+        return False
+
     def write_later(self) -> None:
         self.later = None
         self.write_pending()
 
     def open(self, path: str | os.PathLike | None) -> None:
-        """Find the database and add the columns; what stands in the way is said, and the service runs without."""
-        path = flags.jobs_db or path or "mondrian.db"
-        self.path = Path(path).absolute()
+        """Open the database that the flag or the service names, and add the columns.
+
+        Where neither names one, mondrian.db in the working folder may be another's: it is left alone until a job of
+        this service stands in it. What stands in the way of recording is said, and the service runs without.
+        """
+        named = flags.jobs_db or path
+        self.path = Path(named or "mondrian.db").absolute()
         try:
-            added = migrate(self.path)
-            self.state = "on"
-            if added:
-                say(logging.INFO, f"{self.path}: added {', '.join(added)} to the jobs table")
+            with contextlib.closing(connect(self.path, "ro")) as db:
+                columns = key_and_columns(db)[1]
+            if named or set(COLUMNS) <= columns:
+                self._migrate()
+            else:
+                self.state = "waiting for a job of this service"
+                say(logging.WARNING, f"{self.path}: is not named by the service; the arms are recorded there once one "
+                    "of its jobs stands in it (--jobs_db names another database)")  # fmt: skip
         except (sqlite3.Error, LoraError) as error:
-            self.state = f"off: {one_line(error)}"
-            say(logging.WARNING, f"{self.path}: the arms are not recorded ({one_line(error)}); see --jobs_db")
+            self._give_up(one_line(error))
+
+    def _migrate(self) -> None:
+        added = migrate(self.path)
+        self.state = "on"
+        if added:
+            say(logging.INFO, f"{self.path}: added {', '.join(added)} to the jobs table")
+
+    def _give_up(self, reason: str) -> None:
+        self.state = f"off: {reason}"
+        self.pending.clear()
+        say(logging.WARNING, f"{self.path}: the arms are not recorded ({reason}); see --jobs_db")
 
     def compare_prompt(self, prompt: str, advisor: str | None) -> str:
         """Say whether the service's prompt is the one that training builds from this database: as_trained or other."""
         if self.path is None or not prompt or advisor is None:
             return "unknown"
         try:
-            with contextlib.closing(connect(self.path, "ro")) as db:
+            with contextlib.closing(connect(self.path, "ro", WAIT)) as db:
                 system = db.execute("SELECT CAST(value AS TEXT) FROM config WHERE key = 'system_prompt'").fetchone()
                 own = db.execute("SELECT CAST(prompt AS TEXT) FROM advisors WHERE id = ?", (advisor,)).fetchone()
         except (sqlite3.Error, LoraError):

@@ -30,6 +30,7 @@ def request_fields() -> dict:
     return {
         "advisor": first("advisor", "advisor_id", "advisors"),
         "job_id": first("job_id", "jobId", "jobid", "id") or request.headers.get("X-Job-ID"),
+        "mode": first("mode"),
         "override": request.headers.get("X-Lora-Arm") or first("lora_arm"),
     }
 
@@ -54,10 +55,10 @@ class Routes:
         flask = sys.modules["flask"]
         scope = scope_of_request.get()
         if scope is not None:
-            scope.is_open = False
-            self.service.recorder.record_all(scope)
-            if response.is_streamed:
-                response.call_on_close(functools.partial(self.service.recorder.record_all, scope))
+            if response.is_streamed:  # the model may be asked while the response is read
+                response.call_on_close(functools.partial(self.close, scope))
+            else:
+                self.close(scope)
             if scope.jobs:
                 job = scope.jobs[-1]
                 response.headers["X-Model-Used"] = job.model_used
@@ -72,6 +73,10 @@ class Routes:
                 content["lora"] = self.health()
                 response.set_data(json.dumps(content))
         return response
+
+    def close(self, scope: Scope) -> None:
+        scope.is_open = False
+        self.service.conclude_all(scope)
 
     def health(self) -> dict:
         service = self.service

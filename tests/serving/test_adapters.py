@@ -19,7 +19,7 @@ from integration.lora_patch.adapters import as_uniform, read_adapter
 from integration.lora_patch.answering import Answering
 from integration.lora_patch.arms import Breaker, job_of_request
 from integration.lora_patch.base import check_base, read_base
-from integration.lora_patch.calls import Call, prepared
+from integration.lora_patch.calls import Call
 from integration.lora_patch.errors import LoraError
 from integration.lora_patch.flags import flags
 from integration.lora_patch.in_use import AdaptersInUse
@@ -630,8 +630,10 @@ def test_exif_is_applied_to_a_picture_in_memory_too(tmp_path):
     file = picture("EXIF-rotated", tmp_path)
     with Image.open(file) as image:
         call = Call(lambda image: image, (image,), {})
-        with prepared(call, 300):
-            seen = call.args[0]
+        call.prepare_photo(300)
+        call.use_photo(call.prepared)
+        seen = call.args[0]
+        call.use_photo(call.photo)
         assert seen.size == (200, 300) and call.args[0] is image
         assert seen.getpixel((0, 0)) == ImageOps.exif_transpose(image).resize(
             (200, 300), Image.Resampling.LANCZOS

@@ -1,7 +1,6 @@
 """Assignment, breaker and answers' validity; the jobs table: migration under fire, recording."""
 
 import contextlib
-import json
 import math
 import signal
 import sqlite3
@@ -13,17 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from integration.lora_patch import hooks
-from integration.lora_patch.adapters import Adapter
-from integration.lora_patch.answering import Answering
+from integration.lora_patch import jobs
 from integration.lora_patch.answers import analysis_problem
-from integration.lora_patch.arms import Breaker, Job, assign, job_of_request
+from integration.lora_patch.arms import Breaker, Job, assign
 from integration.lora_patch.errors import LoraError
-from integration.lora_patch.flags import flags
-from integration.lora_patch.in_use import AdaptersInUse
 from integration.lora_patch.jobs import COLUMNS, Recorder, migrate
-from integration.lora_patch.switching import active
-from tests.standin.running import OLDEST, PATCH, ROOT, make_adapter, make_db
+from tests.standin.running import OLDEST, PATCH, ROOT, make_db
 
 # -- assignment, breaker, validity -------------------------------------------------------------------------------------
 
@@ -83,169 +77,6 @@ def test_validity_follows_the_prompt():
     assert analysis_problem(html, "Output valid HTML with feedback-card") is None
     assert analysis_problem(GOOD, "Output valid HTML with feedback-card") == "no scored feedback card"
     assert analysis_problem("A quiet lake at dawn.", "Describe the photograph.") is None
-
-
-@contextlib.contextmanager
-def serving(monkeypatch, answers, **changed):
-    """A service whose model is a function: what it does with each kind of answer of the adapter's."""
-    service = Answering(AdaptersInUse(), Recorder())
-    adapter = Adapter({}, "a", "v1", [4], "", None, 1024, {}, Breaker(20, 0.25))
-    service.adapters.table, service.adapters.mode = {"*": adapter}, "fine_tuned"
-    monkeypatch.setattr(hooks, "service", service)
-    for name, value in {"use_fine_tuned": True, **changed}.items():
-        monkeypatch.setattr(flags, name, value)
-
-    @hooks.generation
-    def run(full_prompt):
-        use = active.get()
-        if use is None:
-            return "of the base"
-        use.happened = True
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        if isinstance(answer, float):
-            time.sleep(answer)
-            answer = GOOD
-        return answer
-
-    job_of_request.set(None)
-    yield service, adapter, run
-    job_of_request.set(None)
-
-
-def test_a_bad_answer_or_an_exception_is_made_good_by_the_base(monkeypatch):
-    with serving(monkeypatch, [GOOD, "{", ValueError("no such token")]) as (service, adapter, run):
-        seen = []
-        for number in range(3):
-            hooks.choose(str(number), "ansel")
-            seen.append((run(JSON_PROMPT), job_of_request.get().fallback))
-        assert seen == [(GOOD, False), ("of the base", True), ("of the base", True)]
-        assert service.counts["invalid"] == service.counts["fallback"] == 2 and sum(adapter.breaker.answers) == 2
-
-
-def test_without_fallback_the_answer_or_exception_is_passed_on(monkeypatch):
-    answers = ["{", ValueError("no such token")]
-    with serving(monkeypatch, answers, fallback_on_invalid=False) as (service, adapter, run):
-        hooks.choose("1", "ansel")
-        assert run(JSON_PROMPT) == "{"
-        with pytest.raises(ValueError, match="no such token"):
-            run(JSON_PROMPT)
-        assert sum(adapter.breaker.answers) == 2 and not service.generating.locked()
-
-
-def test_a_slow_answer_counts_as_bad_but_is_used(monkeypatch):
-    with serving(monkeypatch, [0.2, GOOD], breaker_time_limit=0.1) as (_, adapter, run):
-        hooks.choose("1", "ansel")
-        assert [run(JSON_PROMPT), run(JSON_PROMPT)] == [GOOD, GOOD]
-        assert list(adapter.breaker.answers) == [True, False]
-
-
-def test_an_adapter_that_took_no_part_is_not_claimed_to_have(monkeypatch):
-    with serving(monkeypatch, []) as (service, adapter, _):
-        hooks.choose("1", "ansel")
-        assert hooks.generation(lambda full_prompt: GOOD)(JSON_PROMPT) == GOOD  # the base's, run again
-        assert service.counts["fallback"] == 1 and sum(adapter.breaker.answers) == 1
-
-
-def streaming(answers):
-    """A generating function that yields: the adapter's answers piece by piece, or the base's."""
-
-    @hooks.generation
-    def run(full_prompt):
-        use = active.get()
-        if use is None:
-            yield from ("of ", "the base")
-            return
-        use.happened = True
-        yield from answers.pop(0)
-
-    return run
-
-
-def test_a_bad_stream_is_made_good_before_anything_of_it_is_passed_on(monkeypatch):
-    with serving(monkeypatch, []) as (service, adapter, _):
-        run = streaming([[GOOD[:9], GOOD[9:]], ["{", "broken"]])
-        hooks.choose("1", "ansel")
-        assert list(run(JSON_PROMPT)) == [GOOD[:9], GOOD[9:]]
-        assert list(run(JSON_PROMPT)) == ["of ", "the base"]
-        assert list(adapter.breaker.answers) == [False, True] and not service.generating.locked()
-
-
-def test_a_stream_that_is_not_to_be_retried_flows_and_may_be_left(monkeypatch):
-    with serving(monkeypatch, [], fallback_on_invalid=False) as (service, adapter, _):
-        run = streaming([["{", "broken"], ["{", "left alone"], [GOOD]])
-        hooks.choose("1", "ansel")
-        assert list(run(JSON_PROMPT)) == ["{", "broken"]
-        pieces = run(JSON_PROMPT)
-        assert next(pieces) == "{" and service.generating.locked()
-        assert active.get() is None  # between the pieces nobody else answers with the adapter
-        pieces.close()
-        assert not service.generating.locked() and list(run(JSON_PROMPT)) == [GOOD]
-        assert list(adapter.breaker.answers) == [True, False]  # the reader who left is no bad answer
-
-
-def test_a_request_cannot_choose_its_arm_unless_a_flag_allows_it(monkeypatch):
-    with serving(monkeypatch, []) as (service, _, _):
-        assert service.choose("1", "ansel", "base").model_used == "fine_tuned"
-        monkeypatch.setattr(flags, "allow_arm_override", True)
-        assert service.choose("1", "ansel", "base").model_used == "base"
-        assert service.choose("1", "ansel", "nonsense").model_used == "fine_tuned"
-        service.adapters.mode = "base"  # where there is no adapter in use, none can be chosen
-        assert service.choose("1", "ansel", "fine_tuned").model_used == "base"
-
-
-def test_a_model_config_is_followed_at_each_reload(monkeypatch, tmp_path, tiny_base):
-    make_adapter(tmp_path / "models" / "a", tiny_base, 1)
-    make_adapter(tmp_path / "models" / "b", tiny_base, 2)
-    config = tmp_path / "model_config.json"
-
-    def activate(name):
-        models = {
-            "base": {"lora_path": None},
-            "a": {"lora_path": "models/a"},
-            "b": {"lora_path": "models/b", "advisor": "Weston"},
-        }
-        config.write_text(json.dumps({"models": models, "active_model": name}))
-
-    monkeypatch.setattr(flags, "model_config", str(config))
-    activate("a")
-    service = AdaptersInUse()
-    service.begin()
-    assert (service.mode, list(service.table)) == ("fine_tuned", ["*"])
-    seen = []
-    for name, asked in (
-        ("b", None),
-        ("base", None),
-        ("a", None),
-        ("a", "base"),
-        ("b", None),
-        ("b", "ab_test"),
-        ("c", None),
-    ):
-        activate(name)
-        try:
-            service.reload(asked)
-        except LoraError as error:
-            assert "active_model 'c' is none of base, a, b" in str(error)
-        seen.append((service.mode, list(service.table)))
-    expected = [("fine_tuned", ["weston"]), ("base", []), ("fine_tuned", ["*"]), ("base", []), ("base", [])]
-    assert seen == [*expected, ("ab_test", ["weston"]), ("ab_test", ["weston"])]
-
-
-def test_an_unchanged_adapter_keeps_its_breaker_at_a_reload(monkeypatch, tmp_path, tiny_base):
-    folder = make_adapter(tmp_path / "a", tiny_base, 1)
-    monkeypatch.setattr(flags, "lora_path", str(folder))
-    monkeypatch.setattr(flags, "model_mode", "fine_tuned")
-    service = AdaptersInUse()
-    service.begin()
-    before = service.table["*"]
-    before.breaker.since = "now"
-    service.reload()
-    assert service.table["*"] is before
-    make_adapter(folder, tiny_base, 2)
-    service.reload()
-    assert service.table["*"] is not before and service.table["*"].breaker.since is None
 
 
 # -- migration ---------------------------------------------------------------------------------------------------------
@@ -372,7 +203,7 @@ def test_a_job_whose_row_comes_later_or_while_the_database_is_locked_is_recorded
     path = make_db(tmp_path / "m.db")
     service = Recorder()
     service.open(path)
-    service.record(Job("late", "ansel", "fine_tuned", None, in_test=True, version="v2", done=True))
+    service.record(Job("late", "ansel", "fine_tuned", None, in_test=True, version="v2"))
     assert len(service.pending) == 1
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute("INSERT INTO jobs (id) VALUES ('late')")
@@ -381,17 +212,40 @@ def test_a_job_whose_row_comes_later_or_while_the_database_is_locked_is_recorded
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN EXCLUSIVE")
     started = time.monotonic()
-    service.record(Job("j0", "ansel", "base", None, done=True))
-    service.record(Job("j1", "ansel", "base", None, done=True))
-    assert time.monotonic() - started < 7  # one wait of five seconds, not one a request
+    service.record(Job("j0", "ansel", "base", None))
+    service.record(Job("j1", "ansel", "base", None))
+    assert time.monotonic() - started < 1  # a short wait, and not one a request
     blocker.execute("COMMIT")
     blocker.close()
     assert wait_for(lambda: recorded(path, "j0") == recorded(path, "j1") == ("base", None, 0))
     assert not service.pending
 
 
+def test_a_database_that_the_service_does_not_name_is_left_alone_until_it_holds_its_jobs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "TRIES", 2)
+    path = make_db(tmp_path / "mondrian.db")
+    recorder = Recorder()
+    recorder.open(None)
+    assert recorder.state == "waiting for a job of this service" and "model_used" not in columns(path)
+    recorder.record(Job("j1", "ansel", "fine_tuned", None, version="v2"))
+    assert recorder.state == "on" and recorded(path, "j1") == ("fine_tuned", "v2", 0)
+
+    other = make_db(tmp_path / "other" / "mondrian.db")
+    monkeypatch.chdir(other.parent)
+    recorder = Recorder()
+    recorder.open(None)
+    for number in range(3):
+        recorder.record(Job(f"elsewhere-{number}", "ansel", "base", None))
+    assert recorder.state == "off: none of this service's jobs stands in it" and not recorder.pending
+    assert "model_used" not in columns(other)
+    named = Recorder()
+    named.open(other)  # the service's own code says that this is its database
+    assert named.state == "on" and "model_used" in columns(other)
+
+
 def test_without_a_database_the_service_runs_and_says_so(tmp_path):
     service = Recorder()
     service.open(tmp_path / "none.db")
-    service.record(Job("j0", "ansel", "base", None, done=True))
+    service.record(Job("j0", "ansel", "base", None))
     assert service.state.startswith("off: ") and "no such database" in service.state and not service.pending

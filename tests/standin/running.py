@@ -85,6 +85,7 @@ OLDEST = "CREATE TABLE jobs (id TEXT PRIMARY KEY, filename TEXT, advisor TEXT, s
 
 
 def make_db(path: Path, schema: str = OLDEST, rows: int = 3) -> Path:
+    path.parent.mkdir(exist_ok=True)
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute(schema)
