@@ -131,7 +131,7 @@ def _read_folder(folder: Path, expected: dict, lora_scale: float | None) -> tupl
     tensors, digest = _read_tensors(present[0])
     updates = _pair(present[0], tensors, config)
     for other in present[1:]:
-        if not _same(updates, _pair(other, _read_tensors(other)[0], config)):
+        if not _same(tensors, _read_tensors(other)[0]):
             raise LoraError(f"{folder}: {present[0].name} and {other.name} hold different adapters; copy it again")
     both = [_config_scale(config, kind, config_file) for kind in ("mlx", "peft")]
     uniform = not (config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"))
@@ -142,11 +142,14 @@ def _read_folder(folder: Path, expected: dict, lora_scale: float | None) -> tupl
 
 
 def _same(one: dict, other: dict) -> bool:
+    """Tell whether two files hold the same matrices, whatever names and layout they have there."""
     import numpy as np
 
-    return one.keys() == other.keys() and all(
-        all(np.array_equal(*pair) for pair in zip(one[module][:2], other[module][:2], strict=True)) for module in one
-    )
+    both = [
+        {module_name(key): values.T if key.endswith(".weight") else values for key, (values, _) in tensors.items()}
+        for tensors in (one, other)
+    ]
+    return both[0].keys() == both[1].keys() and all(np.array_equal(both[0][key], both[1][key]) for key in both[0])
 
 
 def _scale_is_unknown(config: dict) -> bool:

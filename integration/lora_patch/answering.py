@@ -10,7 +10,7 @@ from collections import Counter
 
 from .adapters import Adapter
 from .answers import analysis_problem, text_of
-from .arms import ARMS, Job, Scope, assign, is_carried, scope_of_request
+from .arms import ARMS, REQUEST_MODES, Job, Scope, assign, is_carried, scope_of_request
 from .calls import Call
 from .errors import one_line
 from .flags import flags
@@ -20,11 +20,6 @@ from .log import say
 from .streams import ReaderLeft, Relay, with_text
 from .switching import Use, switched_on
 
-REQUEST_MODES = {  # what a request of the service's family may say under "mode"
-    **dict.fromkeys(("lora", "rag+lora", "rag_lora", "fine_tuned"), "fine_tuned"),
-    **dict.fromkeys(("baseline", "base", "rag"), "base"),
-    "ab_test": "ab_test",
-}
 TAIL = 300  # characters of a prompt's end by which the passes of a service are told apart
 
 

@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 
 ARMS = ("base", "fine_tuned", "ab_test_base", "ab_test_fine_tuned")  # what the jobs table says of a job
 
+REQUEST_MODES = {  # what a request of the service's family may say under "mode"
+    **dict.fromkeys(("lora", "rag+lora", "rag_lora", "fine_tuned"), "fine_tuned"),
+    **dict.fromkeys(("baseline", "base", "rag"), "base"),
+    "ab_test": "ab_test",
+}
+
 
 def assign(job_id: str, split: float) -> str:
     """Return base or fine_tuned: the same job always gets the same; a share ``split`` of all jobs gets fine_tuned."""

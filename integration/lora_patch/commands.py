@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .errors import LoraError, one_line
 from .files import write_file
-from .source_file import BY_HAND, Refusal
+from .source_file import Refusal
 
 
 def check_adapters(given: argparse.Namespace) -> None:
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--service", type=Path, required=True, help="path to ai_advisor_service.py")
     command.add_argument("--check", action="store_true", help="change nothing; show what would be done")
     command.add_argument("--uninstall", action="store_true", help="take the lines out again, byte for byte")
+    command.add_argument("--db", help="jobs' database, where it is not clear: an expression of the service, or a path")
     command = commands.add_parser("check", help="check adapters before the service is started with them")
     command.add_argument("--lora_path")
     command.add_argument("--model_config")
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.command == "install":
             from .install import install
 
-            install(given.service, given.check, given.uninstall)
+            install(given.service, given.check, given.uninstall, given.db)
         elif given.command == "check":
             check_adapters(given)
         else:
@@ -68,11 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Refusal as error:
         for problem in error.problems:
             print(f"lora_patch: {problem}", file=sys.stderr)
-        if error.missing:
-            print("nothing was changed; lines to add by hand:", file=sys.stderr)
-            for key in BY_HAND:
-                if key in error.missing or key == "import":
-                    print(f"    {BY_HAND[key]}", file=sys.stderr)
+        if lines := error.by_hand():
+            print("nothing was changed; the lines to add by hand:", *lines, sep="\n    ", file=sys.stderr)
         sys.exit(1)
     except (LoraError, OSError) as error:
         sys.exit(f"lora_patch: {one_line(error)}")

@@ -1,5 +1,6 @@
 """`install`: put our lines into a service file and this folder beside it, show what would be done, or take both out."""
 
+import ast
 import difflib
 import os
 import re
@@ -10,14 +11,17 @@ from pathlib import Path
 from .errors import LoraError
 from .files import write_file
 from .installer import Installer
-from .source_file import BY_HAND, Refusal, inserted, uninstalled
+from .source_file import BY_HAND, inserted, uninstalled
 
 BACKUP = ".before_lora"
 PACKAGE = Path(__file__).resolve().parent
 
 
-def install(service: Path, check: bool, uninstall: bool) -> None:
-    """Insert our lines, say what would be inserted (``check``), or take them out again (``uninstall``)."""
+def install(service: Path, check: bool, uninstall: bool, database: str | None = None) -> None:
+    """Insert our lines, say what would be inserted (``check``), or take them out again (``uninstall``).
+
+    ``database`` names the jobs' database: an expression of the service, or a path.
+    """
     if not service.is_file():
         raise LoraError(f"{service}: no such file")
     path = service.resolve()
@@ -30,23 +34,24 @@ def install(service: Path, check: bool, uninstall: bool) -> None:
     if uninstall:
         _uninstall(service, raw, bool(have), check)
         return
-    if have:
-        missing = [key for key in BY_HAND if key not in have]
-        if missing:
-            raise Refusal([f"{service}: some of our lines are there already, but not all"], missing)
+    if have >= set(BY_HAND):
         if not check and _place_package(path.parent):
             print(f"{service}: installed already; lora_patch/ beside it brought up to date")
         else:
             print(f"{service}: installed already, nothing to do")
         return
-    installer = Installer(raw, service)
+    installer = Installer(raw, service, _expression(database))
     new = installer.plan()
     lines = sum(map(len, installer.placed.values()))
     if check:
-        print(f"{service}: not installed; {lines} places were found and understood, these lines would be added:\n")
+        print(
+            f"{service}: {'partly' if have else 'not'} installed; {lines} places were found and understood, "
+            "these lines would be added:\n"
+        )
     else:
         backup = path.with_name(path.name + BACKUP)
-        write_file(backup, raw)
+        if not have or not backup.exists():  # without our lines: what a partly patched service was before them
+            write_file(backup, uninstalled(raw, service) if have else raw)
         _place_package(path.parent)
         write_file(path, new)
         print(f"{service}: {lines} lines inserted; as it was: {backup.name}\n")
@@ -55,6 +60,18 @@ def install(service: Path, check: bool, uninstall: bool) -> None:
         print(f"note: {note}")
     if re.search(rb"INSERT\s+(OR\s+\w+\s+)?INTO\s+jobs\s+VALUES", raw, re.I):
         print("note: INSERT INTO jobs without a list of columns fails once the table has four more; name the columns")
+
+
+def _expression(database: str | None) -> str | None:
+    """Return what --db names as an expression: a path that is there as a text, else as it stands."""
+    if database is None:
+        return None
+    is_path = "/" in database or Path(database).is_file() or re.search(r"\.(db|sqlite3?)$", database)
+    try:
+        ast.parse(database, mode="eval")
+    except SyntaxError:
+        is_path = True
+    return repr(database) if is_path else database
 
 
 def _uninstall(service: Path, raw: bytes, have: bool, check: bool) -> None:

@@ -19,11 +19,22 @@ BY_HAND = {
 
 
 class Refusal(LoraError):
-    """The service file is not understood; ``missing`` names the lines (keys of BY_HAND) that have no place yet."""
+    """The service file is not understood; ``missing`` names the lines (keys of BY_HAND) that have no place yet.
 
-    def __init__(self, problems: list[str], missing: list[str]):
+    ``placed``: the line numbers of those that have one; ``have``: those that are there already.
+    """
+
+    def __init__(self, problems: list[str], missing: list[str], placed: dict | None = None, have: set | None = None):
         super().__init__("; ".join(problems))
-        self.problems, self.missing = problems, missing
+        self.problems, self.missing, self.placed, self.have = problems, missing, placed or {}, have or set()
+
+    def by_hand(self) -> list[str]:
+        """Return all six lines with what is known of their places; [] where adding them would not help."""
+        if not self.missing:
+            return []
+        known = {key: f"  (before line {line})" for key, line in self.placed.items()}
+        known |= dict.fromkeys(self.have, "  (there already)")
+        return [f"{text}{known.get(key, '')}" for key, text in BY_HAND.items()]
 
 
 class SourceFile:

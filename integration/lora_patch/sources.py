@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .arms import REQUEST_MODES
 from .errors import LoraError, one_line
 from .files import read_json
 from .names import is_advisor, is_set_aside, parse_name
@@ -147,17 +148,23 @@ def _from_record(path: Path) -> dict[str, Source]:
 
 
 def _from_config(path: Path) -> tuple[dict[str, Source], str | None]:
-    """Read model_config.json ({"models": {name: {"lora_path": ...}}, "active_model": name}) or a deployed.json."""
+    """Read model_config.json ({"models": {name: {"lora_path": ...}}, "active_model": name}) or a deployed.json.
+
+    Also its later form: {"models": {name: {"model_id": ..., "adapter": ...}}, "defaults": {"model_preset": name}}.
+    """
     config = read_json(path)
     if "models" not in config and "adapter" in config:
         return _from_record(path), "fine_tuned"
     models, active = config.get("models"), config.get("active_model")
+    defaults, named = config.get("defaults"), "active_model"
+    if active is None and isinstance(defaults, dict):  # the later form of the service's family
+        active, named = defaults.get("model_preset"), "defaults.model_preset"
     if isinstance(models, list):
         models = {str(model.get("name")): model for model in models if isinstance(model, dict)}
     if not isinstance(models, dict) or not models:
         raise LoraError(f'{path}: "models" must name at least one model')
     if not isinstance(active, str) or active not in models:
-        raise LoraError(f"{path}: active_model {str(active)[:60]!r} is none of {', '.join(map(str, models))[:200]}")
+        raise LoraError(f"{path}: {named} {str(active)[:60]!r} is none of {', '.join(map(str, models))[:200]}")
     model = models[active]
     model = model if isinstance(model, dict) else {"lora_path": model}
     lora_path = next((model[key] for key in ("lora_path", "adapter_path", "adapter", "lora") if model.get(key)), None)
@@ -180,7 +187,8 @@ def _from_config(path: Path) -> tuple[dict[str, Source], str | None]:
         found = {
             name: Source(source.parts, str(model["version"])[:60], source.sha256) for name, source in found.items()
         }
-    return found, "fine_tuned"
+    mode = str(defaults.get("mode")).lower() if isinstance(defaults, dict) else None
+    return found, REQUEST_MODES.get(mode, "fine_tuned")
 
 
 def _inside(root: Path, path: Path, file: Path) -> Path:

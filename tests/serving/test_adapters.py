@@ -583,6 +583,24 @@ def test_model_config_names_models_and_the_active_one(tree):
     assert found(None, record(tree)) == {"ansel": ("v2", [("qwen3-vl-4b-lora-ansel-v2", 1.0)]), "mode": "fine_tuned"}
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("lora", "fine_tuned"), ("rag", "base"), ("ab_test", "ab_test"), (None, "fine_tuned")]
+)
+def test_the_later_form_of_a_model_config(mode, expected, tree):
+    """As services of the family write it: model_id and adapter of each preset, the preset and mode in use below."""
+    models = {
+        "qwen3-4b": {"model_id": "Qwen/Qwen3-VL-4B-Instruct", "adapter": "./models/qwen3-vl-4b-lora-ansel-v2"},
+        "plain": {"model_id": "Qwen/Qwen3-VL-4B-Instruct", "adapter": None},
+    }
+    defaults = {"model_preset": "qwen3-4b", "mode": mode}
+    adapter = {"*": ("v2", [("qwen3-vl-4b-lora-ansel-v2", 1.0)])}
+    assert found(None, configure(tree, models=models, defaults=defaults)) == adapter | {"mode": expected}
+    defaults["model_preset"] = "plain"
+    assert found(None, configure(tree, models=models, defaults=defaults)) == {"mode": "base"}
+    with pytest.raises(LoraError, match="defaults.model_preset 'None' is none of qwen3-4b, plain"):
+        found(None, configure(tree, models=models, defaults={}))
+
+
 @pytest.mark.parametrize("path", ["../../../etc", "/etc", "models/../../..", "models/link", "ansel=../../x", "a\0b"])
 def test_a_model_config_cannot_leave_its_folder(path, tree):
     (tree / "models" / "link").symlink_to("/etc")

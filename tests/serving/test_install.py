@@ -423,9 +423,17 @@ REFUSED = {
         "no view of /analyze found that leads to the model",
     ),
     "bare carriage returns": (TEXT.replace("\n", "\r"), "bare carriage return"),
-    "half installed": (
-        changed("args = parser.parse_args()", "lora_patch.add_arguments(parser)\nargs = parser.parse_args()"),
-        "not all",
+    "torch": (
+        changed("import mlx_vlm\n", "import torch\n").replace("mlx_vlm.", "torch.").replace("from mlx_vlm", "from x"),
+        "torch, not MLX: the service runs its model with PyTorch (import torch)",
+    ),
+    "two databases": (
+        changed(
+            "def save_job(",
+            'OLD = "old.db"\nwith sqlite3.connect(OLD) as old:\n    old.execute("SELECT 1 FROM jobs")'
+            "\n\n\ndef move():\n    sqlite3.connect(OLD).execute('SELECT * FROM jobs')\n\n\ndef save_job(",
+        ),
+        "which database holds the jobs is not clear (OLD, DB_PATH); name it with --db",
     ),
     "an empty file": ("", "no parser.parse_args() found"),
     "NUL bytes": (TEXT.replace("PORT = ", "\0PORT = "), "not valid Python"),
@@ -439,17 +447,141 @@ def test_what_is_not_understood_is_refused_and_left_alone(kind, tmp_path):
 
 
 def test_a_refusal_names_the_lines_to_add_by_hand(tmp_path):
+    """All six, with the places of those that have one, so that no second attempt is needed to see the rest."""
     said = refused(tmp_path, REFUSED["a worker's queue"][0])
-    assert "nothing was changed; lines to add by hand:" in said
-    assert BY_HAND["choose"] in said and BY_HAND["attach"] not in said
+    assert "nothing was changed; the lines to add by hand:" in said
+    assert all(text in said for text in BY_HAND.values())
+    assert f"{BY_HAND['add_arguments']}  (before line 38)" in said and f"{BY_HAND['choose']}\n" in said
 
 
-def test_a_file_that_may_not_be_written(tmp_path):
-    file = tmp_path / "ai_advisor_service.py"
-    shutil.copy(STANDIN, file)
-    file.chmod(0o444)
+def test_a_service_with_lora_flags_of_its_own_is_told_what_to_remove(tmp_path):
+    own = changed(
+        'parser.add_argument("--max_tokens"',
+        'parser.add_argument("--lora-path")\nparser.add_argument("--model_mode")\nparser.add_argument("--max_tokens"',
+    ).replace("load(MLX_MODEL)", "load(MLX_MODEL, adapter_path=args.lora_path)")
+    said = refused(tmp_path, own)
+    for text in (
+        ":37: the service has a flag --lora-path of its own; remove it, and what uses it in line 66",
+        ":38: the service has a flag --model_mode of its own; remove it\n",
+        ":66: the service loads an adapter of its own; remove adapter_path=args.lora_path from this call",
+    ):
+        assert text in said
+
+
+@pytest.mark.parametrize("kept", [1, 3, 4])
+def test_a_partly_patched_file_is_completed(kept, tmp_path):
+    file, _ = installed(tmp_path, TEXT)
+    whole = file.read_text()
+    lines = [line for line in whole.splitlines(keepends=True) if "lora_patch." in line]
+    part = whole
+    for line in lines[kept:]:
+        part = part.replace(line, line.replace("lora_patch.generation(mlx_vlm.generate)", "mlx_vlm.generate")
+                            if "generation(" in line else "")  # fmt: skip
+    part = part.replace("import lora_patch\n", "") if kept == 1 else part
+    file.write_text(part)
+    checked = patch_command("install", "--service", file, "--check")
+    assert "partly installed;" in checked.stdout and file.read_text() == part
     done = patch_command("install", "--service", file)
-    assert done.returncode == 1 and done.stderr == f"lora_patch: {file}: read-only; nothing was changed\n"
-    assert os.listdir(tmp_path) == [file.name]
-    done = patch_command("install", "--service", tmp_path / "other.py")
-    assert done.returncode == 1 and done.stderr == f"lora_patch: {tmp_path / 'other.py'}: no such file\n"
+    assert done.returncode == 0 and file.read_text() == whole
+    assert patch_command("install", "--service", file, "--uninstall").returncode == 0
+    assert file.read_text() == TEXT and os.listdir(tmp_path) == [file.name]
+
+
+DATABASES = {
+    "a parameter": (
+        TEXT.replace(
+            "def save_job(job_id, status, **columns)", "def save_job(job_id, status, db_path=DB_PATH, **columns)"
+        ).replace("sqlite3.connect(DB_PATH, timeout=30)", "sqlite3.connect(db_path, timeout=30)"),
+        "db_path=DB_PATH",
+    ),
+    "a parameter that callers give": (
+        re.sub(r"sqlite3.connect\(DB_PATH[^)]*\)", "open_jobs(JOBS)", TEXT)
+        .replace("PORT = ", 'JOBS = Path("jobs.db")\nPORT = ', 1)
+        .replace("def save_job(", "def open_jobs(file):\n    return sqlite3.connect(file)\n\n\ndef save_job("),
+        "db_path=JOBS",
+    ),
+    "an imported constant": (
+        TEXT.replace("import mlx_vlm\n", "import mlx_vlm\nfrom settings import DB_PATH\n", 1).replace(
+            re.search(r"^DB_PATH = .*\n", TEXT, re.M)[0], ""
+        ),
+        "db_path=DB_PATH",
+    ),
+    "a constant of an imported module": (
+        TEXT.replace("sqlite3.connect(DB_PATH", "sqlite3.connect(settings.DB").replace(
+            "import mlx_vlm\n", "import mlx_vlm\nimport settings\n", 1
+        ),
+        "db_path=settings.DB",
+    ),
+    "a helper module": (
+        re.sub(r"sqlite3.connect\(DB_PATH[^)]*\)", "helper.connect(DB_PATH)", TEXT).replace(
+            "import sqlite3\n", "import helper\n"
+        ),
+        "db_path=DB_PATH",
+    ),
+    "an attribute": (
+        TEXT.replace("sqlite3.connect(DB_PATH, timeout=30)", "STORE.open()").replace(
+            "def save_job(",
+            "class Store:\n    def __init__(self, path):\n        self.path = path\n\n    def open(self):\n"
+            "        return sqlite3.connect(self.path)  # jobs\n\n\nSTORE = Store(str(DB_PATH))\n\n\ndef save_job(",
+        ),
+        "db_path=DB_PATH",
+    ),
+    "a text": (
+        TEXT.replace("sqlite3.connect(DB_PATH, timeout=30)", 'sqlite3.connect("data/jobs.db")'),
+        "db_path='data/jobs.db'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DATABASES)
+def test_the_database_that_the_service_uses_is_found(kind, tmp_path):
+    content, expected = DATABASES[kind]
+    file, _ = installed(tmp_path, content)
+    assert f"lora_patch.start(app, get_mlx_model, {expected})" in file.read_text()
+
+
+def test_a_database_can_be_named(tmp_path):
+    file = tmp_path / "ai_advisor_service.py"
+    for given, expected in (("OLD", "OLD"), ("data/jobs.db", "'data/jobs.db'"), ("jobs.db", "'jobs.db'")):
+        file.write_text(REFUSED["two databases"][0])
+        assert patch_command("install", "--service", file, "--db", given).returncode == 0
+        assert f"db_path={expected})" in file.read_text()
+
+
+def with_strategies(tmp_path: Path, strategy: str) -> Path:
+    """A service whose view leaves the asking to a package of strategies beside it."""
+    text = changed("        response = run_model_mlx(prompt, image_path=str(image_path))",
+                   "        context = AnalysisContext()\n        context.set_strategy(mode, advisor)\n"
+                   "        response = context.analyze(prompt, str(image_path))")  # fmt: skip
+    package = tmp_path / "mondrian" / "strategies"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("")
+    (package / "context.py").write_text("from .base import Strategy\n\n\nclass AnalysisContext:\n    pass\n")
+    (package / "base.py").write_text("class Strategy:\n    pass\n")
+    (package / "lora.py").write_text(strategy)
+    file = package.parent / "ai_advisor_service.py"
+    file.write_text(
+        text.replace("import mlx_vlm\n", "import mlx_vlm\nfrom mondrian.strategies.context import AnalysisContext\n", 1)
+    )
+    return file
+
+
+def test_the_view_behind_a_package_of_strategies_is_found(tmp_path):
+    file = with_strategies(tmp_path, "from mondrian.ai_advisor_service import run_model_mlx\n")
+    done = patch_command("install", "--service", file)
+    assert done.returncode == 0, done.stderr
+    choose = "        context = AnalysisContext()\n"
+    assert (
+        "lora_patch.choose(job_id=job_id, advisor=advisor)\n    try:\n" in file.read_text()
+        and choose in file.read_text()
+    )
+
+
+def test_a_model_that_is_asked_in_another_module_is_named(tmp_path):
+    file = with_strategies(tmp_path, "import mlx_vlm\n\nmlx_vlm.generate()\n")
+    file.write_text(file.read_text().replace("mlx_vlm.generate(", "ask(").replace("run_model_mlx", "run_model"))
+    done = patch_command("install", "--service", file)
+    assert done.returncode == 1
+    where = f"the line belongs into {file.parent / 'strategies' / 'lora.py'}"
+    assert f"no call of mlx_vlm.generate and no run_model_mlx found; {where}" in done.stderr

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import random
+import sqlite3
 import time
 from pathlib import Path
 
@@ -188,6 +189,9 @@ def test_a_refused_reload_changes_nothing(service, photos, offline, models):
     assert answer["response"] == offline["v1", "ansel", photos[0].name, "prepared"]
     weights.write_bytes(whole)
     # sound in itself, but made for another model
+    other = folder / "adapter_model.safetensors"
+    of_peft = other.read_bytes()
+    other.unlink()
     mx.save_safetensors(str(weights), {name: mx.zeros((8, 8)) for name in mx.load(str(weights))})
     (models / "qwen3-vl-4b-lora-ansel-v2" / "adapter_config.json").write_text(
         '{"lora_parameters": {"rank": 8, "scale": 2}}'
@@ -198,6 +202,7 @@ def test_a_refused_reload_changes_nothing(service, photos, offline, models):
     assert service.get("/health")["lora"]["adapters"]["ansel"]["version"] == "v1"
     weights.write_bytes(whole)
     config.write_bytes(as_written)
+    other.write_bytes(of_peft)
     deploy(models, "ansel", 1)
     assert service.post("/lora/reload", model_mode="nonsense")[0] == 409
     assert service.post("/lora/reload")[0] == 200
@@ -353,10 +358,13 @@ def test_other_services_of_the_family(source, tmp_path, tiny_base, sample_tree, 
             return running.analyze(photos[0], advisor, f"j{number}")
 
         replies = in_parallel(ask, len(plan), len(plan))
+        if source.stem == "factory_and_class":  # keeps no jobs: the database that lies there is left alone
+            with pytest.raises(sqlite3.OperationalError, match="no such column: model_used"):
+                running.rows("model_used")
         end = time.monotonic() + 30
-        while time.monotonic() < end:
+        while time.monotonic() < end and "response" not in replies[0][1]:
             rows = {job: row for job, row in running.rows("model_used, adapter_version").items() if job.startswith("j")}
-            if "response" in replies[0][1] or (len(rows) == len(plan) and all(row[0] for row in rows.values())):
+            if len(rows) == len(plan) and all(row[0] for row in rows.values()):
                 break
             time.sleep(0.2)
         texts = running.rows("analysis_markdown") if "response" not in replies[0][1] else {}
