@@ -223,7 +223,7 @@ def correlation(x: np.ndarray, y: np.ndarray, ranks: bool) -> Figure:
     value, n = _correlation(x[kept], y[kept], ranks), int(kept.sum())
     if n < 4 or value is None:
         return Figure(None, n)
-    return Figure.of(value, n, _fisher(value, n, ranks))
+    return Figure.of(value, n, fisher_limits(value, n, ranks))
 
 
 def correlation_difference(ours: np.ndarray, theirs: np.ndarray, reference: np.ndarray, ranks: bool) -> Figure:
@@ -238,7 +238,7 @@ def correlation_difference(ours: np.ndarray, theirs: np.ndarray, reference: np.n
     both = float(np.clip(both, -1, 1))  # the correlation of the two correlations (Olkin and Siotani 1976)
     if between > 1 - 1e-12:
         return Figure.of(r - s, n, np.full(4, r - s))  # the same ranks, or values, in both arms
-    ours_at, theirs_at = _fisher(r, n, ranks) - r, _fisher(s, n, ranks) - s
+    ours_at, theirs_at = fisher_limits(r, n, ranks) - r, fisher_limits(s, n, ranks) - s
     width = np.sqrt(np.maximum(ours_at**2 + theirs_at[::-1] ** 2 + 2 * both * ours_at * theirs_at[::-1], 0))
     return Figure.of(r - s, n, r - s + np.sign(LEVELS - 0.5) * width)
 
@@ -253,7 +253,8 @@ def _correlation(x: np.ndarray, y: np.ndarray, ranks: bool) -> float | None:
     return float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
 
 
-def _fisher(value: float, n: int, ranks: bool) -> np.ndarray:
+def fisher_limits(value: float, n: int, ranks: bool) -> np.ndarray:
+    """Return the limits of a correlation of ``n`` pairs at `LEVELS`, float [4]."""
     from scipy.special import ndtri
 
     error = np.sqrt((1 + value**2 / 2 if ranks else 1) / (n - 3))

@@ -317,7 +317,7 @@ def _differences(ours: dict, theirs: dict) -> dict[str, Figure]:
         found[score_figure("pairs", name)] = intervals.pairs(one - other, weight)
     if "loss" in ours and "loss" in theirs:
         found["loss.nats"] = intervals.ratio_difference(ours["loss"], theirs["loss"])
-    if "similarity" in theirs and ours["similarity"].shape == theirs["similarity"].shape:
+    if "similarity" in ours and "similarity" in theirs and ours["similarity"].shape == theirs["similarity"].shape:
         found["distinct.similarity"] = intervals.pairs(ours["similarity"] - theirs["similarity"])
     return dict(sorted(found.items()))
 

@@ -2,6 +2,7 @@
 
     python -m tests.evaluation.coverage              # 4,000 runs a row, several minutes
     python -m tests.evaluation.coverage --runs 500
+    python -m tests.evaluation.coverage --shown      # what so many photographs can show, at once
 
 A row is a statistic of one distribution: for 10, 20 and 50 photographs the share of runs, in percent, whose 95%
 interval holds the truth, and of those whose one-sided limits do (from below, from above).
@@ -9,8 +10,10 @@ interval holds the truth, and of those whose one-sided limits do (from below, fr
 
 import click
 import numpy as np
+from scipy import stats
 
 from common.evaluation import intervals
+from common.evaluation.gates import FORMAT_MARGIN
 from common.evaluation.intervals import Figure
 
 SIZES = (10, 20, 50)
@@ -53,6 +56,7 @@ CASES = {
     "mean, absolute normal": _mean(lambda rng, n: np.abs(rng.normal(size=n)), np.sqrt(2 / np.pi)),
     "mean, exponential": _mean(lambda rng, n: rng.exponential(size=n), 1.0),
     "mean, lognormal (sigma 0.5)": _mean(lambda rng, n: rng.lognormal(0, 0.5, n), np.exp(0.125)),
+    "mean, lognormal (sigma 1)": _mean(lambda rng, n: rng.lognormal(0, 1, n), np.exp(0.5)),
     "difference of losses a token": (_ratio_difference, -0.1),
     "median, lognormal (sigma 0.5)": (lambda rng, n: intervals.median(rng.lognormal(0, 0.5, n)), 1.0),
     "Pearson, rho 0.6": (lambda rng, n: intervals.correlation(*_scores(rng, n, 0.6), ranks=False), 0.6),
@@ -88,11 +92,46 @@ def coverage(name: str, n: int, runs: int, seed: int = 1) -> tuple[float, float,
     return tuple(held / runs)
 
 
+def what_can_be_shown(sizes: tuple[int, ...] = (10, 20, 50, 100, 200)) -> list[str]:
+    """Return a Markdown table: for so many photographs, what the gates and intervals can show."""
+
+    def share_gate(limit: float, n: int, side: int) -> list[int]:
+        # the numbers of faults with which the one-sided limit (1: lower, 2: upper) meets the bound
+        return [faults for faults in range(n + 1) if intervals.clopper_pearson(n - faults, n)[side] >= limit]
+
+    def at_most(faults: list[int]) -> str:
+        return str(max(faults)) if faults else "cannot pass"
+
+    def lost(n: int) -> str:
+        kept = [k for k in range(n) if intervals.bonett_price(0, k, n)[1] >= -FORMAT_MARGIN]
+        return str(max(kept)) if kept else "cannot pass"
+
+    rank = {n: intervals.fisher_limits(0.6, n, ranks=True) for n in sizes}
+    rows = {
+        "an answer without a fault in all of them: the true share is at least": [
+            f"{100 * intervals.clopper_pearson(n, n)[1]:.1f}%" for n in sizes
+        ],
+        "95% gate: faults with which it passes": [at_most(share_gate(0.95, n, 1)) for n in sizes],
+        "95% gate: faults from which on it fails": [str(max(share_gate(0.95, n, 2)) + 1) for n in sizes],
+        "90% gate: faults with which it passes": [at_most(share_gate(0.90, n, 1)) for n in sizes],
+        "not worse by 5 points: answers lost with which it passes": [lost(n) for n in sizes],
+        "a mean: half the 95% interval, in standard deviations of one photograph": [
+            f"{stats.t.ppf(0.975, n - 1) / n**0.5:.2f}" for n in sizes
+        ],
+        "a rank correlation of 0.60: its 95% interval": [f"{rank[n][0]:.2f} to {rank[n][3]:.2f}" for n in sizes],
+    }
+    head = ["| photographs | " + " | ".join(map(str, sizes)) + " |", "| --- |" + " ---: |" * len(sizes)]
+    return head + [f"| {title} | " + " | ".join(cells) + " |" for title, cells in rows.items()]
+
+
 @click.command()
 @click.option("--runs", default=4000, show_default=True)
 @click.option("--only", default="", help="rows whose name holds this")
-def main(runs: int, only: str) -> None:
+@click.option("--shown", is_flag=True, help="print what so many photographs can show, no coverage")
+def main(runs: int, only: str, shown: bool) -> None:
     """Print the coverage of every interval, a Markdown table."""
+    if shown:
+        return click.echo("\n".join(what_can_be_shown()))
     click.echo("| statistic | " + " | ".join(f"n = {n}" for n in SIZES) + " |")
     click.echo("| --- |" + " ---: |" * len(SIZES))
     for name in CASES:

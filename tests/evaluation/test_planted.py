@@ -13,6 +13,7 @@ from common.analysis import compact_json
 from common.evaluation.comparison import recomputed
 from common.evaluation.gates import from_dicts
 from common.evaluation.metrics import KINDS
+from common.evaluation.scoring import score_spans
 from common.files import read_json, write_jsonl
 from tests.evaluation_case import evaluate, make_adapter, make_data, read_jsonl
 
@@ -169,6 +170,106 @@ def test_exit_code_follows_the_worst_gate(case, gate, arguments, code, word):
     assert (result.exit_code, verdict["word"], verdict["promotable"]) == (code, word, code == 0), result.output
     assert ("May ship" in result.stdout) == (code == 0)
     assert ("blocked by" in verdict["headline"]) == (code != 0)
+
+
+def good(rows: list[dict], count: int) -> list[dict]:
+    """An adapter that answers as the reference does, over a base whose loss is higher; all in the format."""
+    found = []
+    for arm, loss in (("base", 1.2), ("candidate", 0.9)):
+        for at, row in enumerate(rows[:count]):
+            noise = 0.01 * (at % 5)
+            common = {"arm": arm, "example": at}
+            found.append({"kind": "output", "text": row["response"], "finish": "stop", "tokens": 400} | common)
+            found.append({"kind": "loss", "sum": (loss + noise) * 400, "tokens": 400} | common)
+            times = {"seconds": 2.0 + noise, "first_token_seconds": 0.5, "tokens": 401}
+            found.append({"kind": "timing", **times} | common)
+    return found
+
+
+def test_a_good_adapter_with_12_photographs_is_likely_promotable_and_says_how_many_more(case):
+    result, content = evaluated(case, "twelve", good(case[2], 12), "--max_examples", 12)
+    verdict = content["verdict"]
+    assert (result.exit_code, verdict["word"], verdict["promotable"]) == (0, "likely", True)
+    found = {row["name"]: row["verdict"] for row in content["gates"]}
+    assert found["base_loss"] == found["overhead"] == found["inference_time"] == "pass"
+    assert "Tuned format compliance: 59 held-out photographs without a fault; you have 12" in verdict["decides"]
+    assert "To settle Tuned format compliance" in result.stdout
+
+
+def test_four_photographs_are_not_measured(case):
+    result, content = evaluated(case, "four", good(case[2], 4), "--max_examples", 4)
+    assert (result.exit_code, content["verdict"]["word"]) == (3, "not measured")
+
+
+def test_an_adapter_no_better_than_one_constant_is_said_so(case):
+    content = evaluated(case, "constant", planted(case[2]))[1]
+    arms, sentences = content["summary"]["arms"], " ".join(content["verdict"]["scores"])
+    train = [json.loads(row["response"]) for row in read_jsonl(case[0] / "training_data" / "train.jsonl")]
+    mean = sum(row["overall_score"] for row in train) / len(train)
+    references = [json.loads(row["response"])["overall_score"] for row in case[2]]
+    wanted = sum(abs(score - mean) for score in references) / PHOTOS
+    assert content["training_scores"]["means"]["overall_score"] == pytest.approx(mean)
+    assert arms["constant"]["overall.mae"]["value"] == pytest.approx(wanted)
+    assert arms["constant"]["overall.pairs"]["value"] == 0.5 and arms["constant"]["overall.rank"]["value"] is None
+    assert "does not beat one constant, the mean of the training scores, in the overall scores" in sentences
+
+
+def test_expected_scores_stand_beside_the_greedy_ones(case):
+    rows = planted(case[2])
+    for row in rows:
+        if row["kind"] == "output" and row["arm"] == "candidate":
+            reference = json.loads(case[2][row["example"]]["response"])
+            scores = {dimension["name"]: dimension["score"] + 0.25 for dimension in reference["dimensions"]}
+            row["expected_scores"] = scores | {"overall_score": reference["overall_score"] + 0.25}
+    content = evaluated(case, "expected", rows)[1]
+    arms = content["summary"]["arms"]
+    assert arms["candidate"]["scores.mae"]["value"] == 1
+    assert arms["candidate+expected"]["scores.mae"]["value"] == pytest.approx(0.25)
+    assert arms["candidate+expected"]["overall.rank"]["value"] == pytest.approx(1)
+    assert content["summary"]["differences"]["candidate+expected-candidate"]["scores.mae"]["value"] == -0.75
+
+
+def test_masked_scores_are_counted_and_no_reference(case):
+    folder, adapter, rows = case
+    masked = []
+    for row in rows:
+        start, end = score_spans(row["response"])["Lighting"]
+        masked.append(row | {"masked_spans": [[start, end]]})
+    write_jsonl(folder / "masked.jsonl", masked)
+    result, content = evaluated(case, "masked", planted(rows), "--val_data", folder / "masked.jsonl")
+    arms = content["summary"]["arms"]["candidate"]
+    assert (arms["mae:Lighting"]["n"], arms["mae:Composition"]["n"]) == (0, PHOTOS)
+    assert f"{PHOTOS} reference scores were masked in training as copied" in result.stdout.replace("\n", " ")
+
+
+def test_two_analyses_of_one_photograph_give_the_references_agreement(case):
+    folder, _, rows = case
+    second = json.loads(rows[0]["response"])
+    for dimension in second["dimensions"]:
+        dimension["score"] += 1 if dimension["score"] < 10 else -1
+    doubled = [*rows, rows[0] | {"response": compact_json(second), "job_id": "again"}]
+    write_jsonl(folder / "doubled.jsonl", doubled)
+    content = evaluated(case, "doubled", planted(rows), "--val_data", folder / "doubled.jsonl")[1]
+    figure = content["summary"]["arms"]["reference"]["scores.mae"]
+    assert (figure["value"], figure["n"]) == (1, 1)
+    assert any("Two analyses of one photograph" in sentence for sentence in content["verdict"]["scores"])
+
+
+def test_same_advice_has_a_gate_that_a_file_switches_on(case):
+    rows = good(case[2], PHOTOS)
+    for row in rows:
+        if row["kind"] == "output" and row["arm"] == "candidate":
+            answer = json.loads(row["text"])
+            for dimension in answer["dimensions"]:
+                dimension["recommendation"] = "Wait for the light to soften before you press the shutter."
+            row["text"] = compact_json(answer)
+    gates = case[0] / "advice.toml"
+    gates.write_text("[same_advice]\nenabled = true\nat_most = 0.1\n")
+    result, content = evaluated(case, "advice", rows, "--gates", gates)
+    assert result.exit_code == 4
+    assert {row["name"]: row["verdict"] for row in content["gates"]}["same_advice"] == "fail"
+    candidate = content["summary"]["arms"]["candidate"]
+    assert candidate["failure:same_advice"]["value"] == candidate["format.strict"]["value"] == 1
 
 
 def test_every_figure_can_be_computed_again_from_the_file(report):
