@@ -1,6 +1,7 @@
 """Intervals, judgement and figures on inputs whose right answer is known."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from common.evaluation.intervals import Figure
 from common.evaluation.metrics import Summary
 from integration.lora_patch.repetition import repeated_tail
 from integration.lora_patch.specification import PromptSpecification
-from tests.evaluation.coverage import coverage
+from tests.evaluation.coverage import coverage, what_can_be_shown
 
 NAN = float("nan")
 SPECIFICATION = PromptSpecification()
@@ -75,6 +76,11 @@ def test_intervals_hold_the_truth_as_often_as_they_say(name, n, lowest, highest)
     chance = 2.6 * (0.05 * 0.95 / runs) ** 0.5  # of so many runs; the full table is in docs/evaluation.md
     assert lowest - chance <= held <= min(1.0, highest + chance)
     assert min(lower, upper) >= 0.93 - chance
+
+
+def test_docs_say_what_so_many_photographs_can_show():
+    docs = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert "\n".join(what_can_be_shown()) in docs
 
 
 def test_share_of_twelve_of_twelve_keeps_its_doubt():
