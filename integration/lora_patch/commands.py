@@ -1,11 +1,13 @@
 """The commands `install`, `check` and `report`; each imports what it needs, so that all start fast."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from .errors import LoraError, one_line
 from .files import write_file
+from .flags import schedule
 from .source_file import Refusal
 
 
@@ -32,6 +34,23 @@ def check_adapters(given: argparse.Namespace) -> None:
         print("no adapter: the base answers everything")
 
 
+def report_arms(given: argparse.Namespace) -> None:
+    """Write the A/B report, or watch the running test until it has an answer."""
+    from .report import as_table, make_report, watch
+    from .report_jobs import read_jobs
+    from .report_page import as_html
+
+    if given.watch is not None:
+        sys.exit(watch(given.db, given.watch, given.schedule))
+    report = make_report(read_jobs(given.db), given.days, given.schedule)
+    forms = {"table": as_table, "html": as_html, "json": lambda found: json.dumps(found, indent=2)}
+    shown = forms[given.format](report)
+    if given.output:
+        write_file(given.output, shown.encode() + b"\n")
+    else:
+        print(shown)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="lora_patch", description="Serve LoRA adapters from ai_advisor_service.py.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="install|check|report")
@@ -50,6 +69,18 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--days", type=float, default=7, help="how far back to look; 0 takes all (default: 7)")
     command.add_argument("--format", choices=("table", "json", "html"), default="table")
     command.add_argument("--output", type=Path, help="file to write instead of the screen")
+    command.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=60,
+        metavar="SECONDS",
+        help="look every so often (60) until the test has an answer; exit code 0: scores higher, 3: lower, "
+        "4: a guardrail is broken, 5: no difference that matters",
+    )
+    command.add_argument(
+        "--schedule", type=schedule, default="5%,25%,50%", help="shares of a canary (default: %(default)s)"
+    )
     given = parser.parse_args(arguments)
     try:
         if given.command == "install":
@@ -59,13 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif given.command == "check":
             check_adapters(given)
         else:
-            from .report import show_report
-
-            shown = show_report(given.db, given.days, given.format)
-            if given.output:
-                write_file(given.output, shown.encode() + b"\n")
-            else:
-                print(shown)
+            report_arms(given)
     except Refusal as error:
         for problem in error.problems:
             print(f"lora_patch: {problem}", file=sys.stderr)

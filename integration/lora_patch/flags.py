@@ -75,6 +75,18 @@ def share(text: str) -> float:
     return value
 
 
+def schedule(text: str) -> tuple[float, ...]:
+    """Return the shares in "5%,25%,50%" (or "0.05,0.25"); ArgumentTypeError unless they rise within 0 and 100%."""
+    try:
+        parts = [part.strip() for part in text.split(",")]
+        shares = tuple(float(part.removesuffix("%")) / (100 if part.endswith("%") else 1) for part in parts)
+    except ValueError:
+        shares = ()
+    if not shares or not shares[0] > 0 or not shares[-1] <= 1 or list(shares) != sorted(set(shares)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no schedule: shares that rise were expected, as in 5%,25%,50%")
+    return shares
+
+
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:

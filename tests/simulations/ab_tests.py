@@ -7,14 +7,13 @@
 """
 
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from integration.lora_patch.sequences import ALPHA, MIN_PHOTOGRAPHS, TIGHTEST, difference  # noqa: E402
+from integration.lora_patch.sequences import ALPHA, MIN_PHOTOGRAPHS, TIGHTEST  # noqa: E402
 
 
 def photographs(rng: np.random.Generator, tests: int, jobs: int, repeats: float) -> np.ndarray:
@@ -44,7 +43,6 @@ def looks(values: np.ndarray, adapter: np.ndarray, labels: np.ndarray, shares: b
     # totals over photographs of products of counts and sums; the variance is a form of these
     cc, cs, ss = (np.zeros((2, 2, tests)) for _ in range(3))
     n, total, seen = np.zeros((2, tests)), np.zeros((2, tests)), np.zeros((2, tests), int)
-    rate = (-2 * np.log(alpha) + np.log(1 - 2 * np.log(alpha))) / TIGHTEST
     skipped = 4 if shares else 0
     with np.errstate(divide="ignore", invalid="ignore"):
         for job in range(values.shape[1]):
@@ -82,7 +80,90 @@ def looks(values: np.ndarray, adapter: np.ndarray, labels: np.ndarray, shares: b
                         form = both_ss - mean[b] * cs[b, a] - mean[a] * cs[a, b] + mean[a] * mean[b] * both_cc
                     variance = variance + weight[a] * weight[b] * form
             information = 4 * n[0] * n[1] / (n[0] + n[1])
-            reach = np.sqrt(np.maximum(variance, 0) * 2 * (1 + 1 / (information * rate)))
-            reach = reach * np.sqrt(np.log(np.sqrt(information * rate + 1) / alpha))
+            reach = np.sqrt(np.maximum(variance, 0)) * _widths(information, alpha)
             reach = np.where((seen.min(0) < MIN_PHOTOGRAPHS) | ~np.isfinite(reach) | (reach < 1e-9), np.inf, reach)
             yield job + 1 - skipped, mean[1] - mean[0], reach
+
+
+def _widths(information: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
+    """Return `sequences.width` for many at once."""
+    seen = information * (-2 * np.log(alpha) + np.log(1 - 2 * np.log(alpha))) / TIGHTEST
+    return np.sqrt(2 * (1 + 1 / seen) * np.log(np.sqrt(seen + 1) / alpha))
+
+
+def simulate(
+    rng: np.random.Generator,
+    tests: int,
+    jobs: int,
+    effect: float = 0.0,
+    share: float = 0.5,
+    spread: float = 1.0,
+    repeats: float = 0.25,
+    invalid: tuple[float, float] = (0.03, 0.03),
+    slower: float = 0.0,
+) -> dict:
+    """Return what share of so many tests raise an alarm within so many jobs, and how soon.
+
+    Scores are normal with standard deviation ``spread`` (half of the variance is the photograph's), rounded to tenths
+    within 0 and 10; seconds are lognormal with 0.3 (half of it the photograph's). ``effect`` in points, ``invalid``
+    shares of base and adapter, ``slower`` in logarithms. Keys: score, valid, time (the sequence leaves out zero), any,
+    plain (an ordinary 95% interval of the score leaves out zero at some look), first (jobs until the score's alarm).
+    """
+    labels, adapter = photographs(rng, tests, jobs, repeats), rng.random((tests, jobs)) < share
+
+    def mixed(deviation: float) -> np.ndarray:
+        own, photo = rng.normal(0, deviation * np.sqrt(0.5), (2, tests, jobs))
+        return own + np.take_along_axis(photo, labels, axis=1)
+
+    scores = np.clip(np.round(6.5 + effect * adapter + mixed(spread), 1), 0, 10)
+    valid = rng.random((tests, jobs)) >= np.where(adapter, invalid[1], invalid[0])
+    seconds = slower * adapter + mixed(0.3)
+    alarms, first, plain = {}, np.full(tests, np.inf), np.zeros(tests, bool)
+    for name, values in (("score", scores), ("valid", valid), ("time", seconds)):
+        alarms[name] = np.zeros(tests, bool)
+        for count, value, reach in looks(values, adapter, labels, shares=name == "valid"):
+            now = np.abs(value) > reach
+            if name == "score":
+                first = np.where(now & ~alarms[name], count, first)
+                arms = np.cumsum(adapter[:, :count], axis=1)[:, -1]
+                information = 4 * arms * (count - arms) / count
+                known = np.isfinite(reach)
+                plain[known] |= np.abs(value[known]) > 1.96 * reach[known] / _widths(information[known])
+            alarms[name] |= now
+    some = np.logical_or.reduce(list(alarms.values()))
+    rates = {name: float(found.mean()) for name, found in {**alarms, "any": some, "plain": plain}.items()}
+    return rates | {"first": first}
+
+
+def main() -> None:
+    began = time.perf_counter()
+    print("2,000 tests without a difference, looked at after each of 1,000 jobs: share with an alarm")
+    print(
+        f"{'share':>6} {'spread':>7} {'repeats':>8} {'score':>7} {'valid':>7} {'time':>7} {'any':>7} {'plain 95%':>10}"
+    )
+    for share, spread, repeats in (
+        (0.5, 1.0, 0.25),
+        (0.5, 0.5, 0.0),
+        (0.5, 1.0, 0.6),
+        (0.25, 1.0, 0.25),
+        (0.05, 1.0, 0.25),
+    ):
+        found = simulate(np.random.default_rng(1), 2000, 1000, share=share, spread=spread, repeats=repeats)
+        rates = "".join(f" {found[name]:>7.2%}" for name in ("score", "valid", "time", "any"))
+        print(f"{share:>6.0%} {spread:>7} {repeats:>8.0%}{rates} {found['plain']:>10.1%}", flush=True)
+    print("\n1,000 tests with a true difference of half a point: share that show it by so many jobs")
+    horizons = (100, 200, 400, 800, 1600)
+    print(f"{'share':>6} {'spread':>7}" + "".join(f" {jobs:>6}" for jobs in horizons) + "  median jobs")
+    for share, spread in ((0.5, 0.5), (0.5, 1.0), (0.5, 1.5), (0.25, 1.0), (0.05, 1.0)):
+        found = simulate(np.random.default_rng(2), 1000, max(horizons), effect=0.5, share=share, spread=spread)
+        power = "".join(f" {(found['first'] <= jobs).mean():>6.0%}" for jobs in horizons)
+        print(f"{share:>6.0%} {spread:>7}{power}  {np.median(found['first']):,.0f}", flush=True)
+    print("\nThe same for the guardrails at 50%: sequences that leave out zero by 400 jobs")
+    worse = simulate(np.random.default_rng(3), 1000, 400, invalid=(0.03, 0.2))
+    slower = simulate(np.random.default_rng(4), 1000, 400, slower=np.log(1.25))
+    print(f"20% invalid answers instead of 3%: {worse['valid']:.0%}; 25% slower: {slower['time']:.0%}")
+    print(f"\n{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
