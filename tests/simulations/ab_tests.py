@@ -7,6 +7,7 @@
 """
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -138,16 +139,9 @@ def simulate(
 def main() -> None:
     began = time.perf_counter()
     print("2,000 tests without a difference, looked at after each of 1,000 jobs: share with an alarm")
-    print(
-        f"{'share':>6} {'spread':>7} {'repeats':>8} {'score':>7} {'valid':>7} {'time':>7} {'any':>7} {'plain 95%':>10}"
-    )
-    for share, spread, repeats in (
-        (0.5, 1.0, 0.25),
-        (0.5, 0.5, 0.0),
-        (0.5, 1.0, 0.6),
-        (0.25, 1.0, 0.25),
-        (0.05, 1.0, 0.25),
-    ):
+    print(" share  spread  repeats   score   valid    time     any  plain 95%")
+    cases = (0.5, 1.0, 0.25), (0.5, 0.5, 0.0), (0.5, 1.0, 0.6), (0.25, 1.0, 0.25), (0.05, 1.0, 0.25)
+    for share, spread, repeats in cases:
         found = simulate(np.random.default_rng(1), 2000, 1000, share=share, spread=spread, repeats=repeats)
         rates = "".join(f" {found[name]:>7.2%}" for name in ("score", "valid", "time", "any"))
         print(f"{share:>6.0%} {spread:>7} {repeats:>8.0%}{rates} {found['plain']:>10.1%}", flush=True)
