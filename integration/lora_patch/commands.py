@@ -15,7 +15,7 @@ def check_adapters(given: argparse.Namespace) -> None:
     """Print what the service would serve; LoraError for what it would refuse."""
     from .adapters import read_adapter  # MLX: slow to import
     from .base import check_base, read_base
-    from .sources import EVERYONE, find_sources
+    from .sources import EVERYONE, find_sources, unpromoted
 
     sources, _ = find_sources(given.lora_path, given.model_config)
     base = read_base(given.base_model) if given.base_model else None
@@ -30,7 +30,10 @@ def check_adapters(given: argparse.Namespace) -> None:
               f"{adapter.nbytes / 1e6:.1f} MB, base {(adapter.trained_on or {}).get('name', 'unknown')}")  # fmt: skip
         for warning in warnings_:
             print(f"warning: {warning}")
-    if not sources:
+    waiting = unpromoted(Path(given.lora_path).expanduser()) if given.lora_path else []
+    for advisor in waiting:
+        print(f"{advisor}: no version was put in use (no deployed.json), the base answers")
+    if not sources and not waiting:
         print("no adapter: the base answers everything")
 
 

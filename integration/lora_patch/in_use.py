@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from pathlib import Path
 
 from .adapters import Adapter, read_adapter
 from .arms import Breaker
@@ -9,8 +10,9 @@ from .base import check_base, read_base
 from .errors import LoraError, first_of
 from .flags import Flags, flags
 from .log import say
-from .sources import EVERYONE, Source, find_sources
+from .sources import EVERYONE, Source, find_sources, unpromoted
 from .switching import make_switchable
+from .versions import RECORD
 
 
 def distinct(table: dict[str, Adapter]) -> list[Adapter]:
@@ -48,10 +50,17 @@ class AdaptersInUse:
             self.mode = self.wanted_mode(implied)
             # with --lora_path a request may ask for the adapter also where the base is the default
             self.table = self.read(sources) if self.mode != "base" or flags.lora_path else {}
-            if self.mode != "base" and not sources:
-                say(logging.WARNING, "no adapter is deployed: the base answers everything")
+            self._say_what_waits(sources)
         except LoraError as error:
             self.fail(error)
+
+    def _say_what_waits(self, sources: dict[str, Source]) -> None:
+        waiting = unpromoted(Path(flags.lora_path).expanduser()) if flags.lora_path else []
+        if waiting:
+            say(logging.WARNING, f"{flags.lora_path}: no version was put in use for {', '.join(waiting)} (no "
+                f"{RECORD}), so the base answers for them; promote one, or name its folder")  # fmt: skip
+        elif self.mode != "base" and not sources:
+            say(logging.WARNING, "no version is in use: the base answers everything")
 
     def wanted_mode(self, implied: str | None) -> str:
         return flags.model_mode or ("fine_tuned" if flags.use_fine_tuned else implied or "base")

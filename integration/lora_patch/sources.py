@@ -1,6 +1,7 @@
 """Which adapters are to be served: what --lora_path, --model_config and deployed.json name."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from .arms import REQUEST_MODES
 from .errors import LoraError, one_line
 from .files import read_json
 from .names import is_advisor, is_set_aside, parse_name
+from .versions import RECORD, read_record
 
 WEIGHTS = ("adapters.safetensors", "adapter_model.safetensors", "weights.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npz", "*.npy")
@@ -72,7 +74,7 @@ def _parse_list(text: str) -> dict[str, Source]:
                 raise LoraError(f"--lora_path: {item} has no weight; combine as a:0.7,b:0.3")
             sources = _from_folder(Path(path), advisor)
             if len(sources) != 1:
-                raise LoraError(f"--lora_path: {path} holds several adapters; name the one to combine")
+                raise LoraError(f"--lora_path: {path} is not one adapter; name the folder of each to combine")
             source = next(iter(sources.values()))
             parts.extend((folder, own * weight) for folder, own in source.parts)
             names.append(f"{Path(path).name}:{weight:g}")
@@ -97,54 +99,51 @@ def _is_whole(folder: Path) -> bool:
 def _from_folder(folder: Path, advisor: str) -> dict[str, Source]:
     """Find what a path names: one adapter, a deployed record, or a folder of versions (of several advisors)."""
     folder = folder.expanduser()
-    if folder.is_file() and folder.name == "deployed.json":
+    if not folder.exists() and not folder.is_absolute() and (beside := Path(sys.argv[0]).parent / folder).exists():
+        folder = beside  # a service started from elsewhere: beside its own file
+    if folder.is_file() and folder.name == RECORD:
         return _from_record(folder)
     if folder.is_file():
         raise LoraError(f"{folder}: is a file; name the adapter's folder")
     if not folder.is_dir():
         raise LoraError(f"{folder}: no such adapter folder")
-    if (folder / "deployed.json").is_file():
-        return _from_record(folder / "deployed.json")
+    if (folder / RECORD).is_file():
+        return _from_record(folder / RECORD)
     if _is_adapter(folder):
         name, number = parse_name(folder.name)
         plain = name == folder.name and "lora" not in name
         return {advisor: Source(((folder, 1.0),), folder.name if plain else f"v{number}")}
-    newest, deployed, decided = {}, {}, set()
-    for child in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        if (child / "deployed.json").is_file():
-            deployed.update(_from_record(child / "deployed.json"))
-            decided |= {child.name.lower(), *deployed}  # also when it says that no version is in use
-        elif _is_whole(child):
-            if is_set_aside(child.name):
-                continue
-            name, number = parse_name(child.name.lower())
-            if re.fullmatch(r"v\d+", child.name.lower()):  # versions of one adapter: folder/v1, folder/v2
-                name, number = advisor, int(child.name[1:])
-            if number >= newest.get(name, (0,))[0]:
-                newest[name] = number, Source(((child, 1.0),), f"v{number}")
-        else:
-            versions = [p for p in child.iterdir() if re.fullmatch(r"v\d+", p.name.lower()) and _is_whole(p)]
-            if versions:
-                last = max(versions, key=lambda path: int(path.name[1:]))
-                newest[child.name.lower()] = int(last.name[1:]), Source(((last, 1.0),), last.name.lower())
-    found = {name: source for name, (_, source) in newest.items() if name not in decided} | deployed
-    if not found and not decided:
+    records = sorted(folder.glob(f"*/{RECORD}"))
+    if not records and not unpromoted(folder):
         raise LoraError(f"{folder}: neither an adapter nor a folder of adapters (no adapter_config.json in it)")
-    return found
+    return {name: source for record in records for name, source in _from_record(record).items()}
+
+
+def unpromoted(folder: Path) -> list[str]:
+    """Return whose adapters lie in a folder without a record that says which of their versions is in use.
+
+    Such a version may have failed its evaluation: it is served only where its own folder is named.
+    """
+    found = set()
+    for child in folder.iterdir() if folder.is_dir() else ():
+        if is_set_aside(child.name) or (folder / parse_name(child.name)[0] / RECORD).is_file():
+            continue
+        if _is_whole(child):
+            found.add(folder.name if re.fullmatch(r"v\d+", child.name) else parse_name(child.name)[0])
+        elif child.is_dir() and any(_is_whole(version) for version in child.iterdir()):  # weston/v1, weston/v2
+            found.add(child.name)
+    return sorted(found)
 
 
 def _from_record(path: Path) -> dict[str, Source]:
     """Read models/ADVISOR/deployed.json; a record without an adapter (all versions taken back) gives nothing."""
-    record = read_json(path)
+    record = read_record(path)
     advisor = str(record.get("advisor") or path.resolve().parent.name).lower()
-    if not record.get("adapter"):
+    if record.get("adapter") is None:
         return {}
-    hashes = record.get("sha256") or {}
-    if not isinstance(record["adapter"], str) or not isinstance(hashes, dict):
-        raise LoraError(f"{path}: adapter must be a path and sha256 an object")
     root = path.resolve().parent.parent  # versions lie beside the record's folder: models/ADVISOR/deployed.json
     folder = _inside(root, path.resolve().parent / record["adapter"], path)
-    return {advisor: Source(((folder, 1.0),), str(record.get("version") or folder.name), tuple(sorted(hashes.items())))}
+    return {advisor: Source(((folder, 1.0),), record["version"], tuple(sorted(record["sha256"].items())))}
 
 
 def _from_config(path: Path) -> tuple[dict[str, Source], str | None]:

@@ -24,7 +24,7 @@ from integration.lora_patch.errors import LoraError
 from integration.lora_patch.flags import flags
 from integration.lora_patch.in_use import AdaptersInUse
 from integration.lora_patch.jobs import Recorder
-from integration.lora_patch.sources import Source, find_sources
+from integration.lora_patch.sources import Source, find_sources, unpromoted
 from integration.lora_patch.switching import Use, make_switchable, switched_on
 from integration.lora_patch.vlm import encode, load_base
 from tests.sample.make_tree import sample_prompt
@@ -499,7 +499,14 @@ def tree(tmp_path, monkeypatch) -> Path:
 def record(tree: Path, **changes) -> Path:
     folder = tree / "models" / "ansel"
     folder.mkdir(exist_ok=True)
-    content = {"schema_version": 1, "advisor": "ansel", "version": "v2", "adapter": "../qwen3-vl-4b-lora-ansel-v2"}
+    content = {
+        "schema_version": 1,
+        "advisor": "ansel",
+        "version": "v2",
+        "adapter": "../qwen3-vl-4b-lora-ansel-v2",
+        "sha256": {},
+        "history": [],
+    }
     (folder / "deployed.json").write_text(json.dumps(content | changes))
     return folder / "deployed.json"
 
@@ -507,11 +514,7 @@ def record(tree: Path, **changes) -> Path:
 def test_what_a_lora_path_can_be(tree):
     one = "models/qwen3-vl-4b-lora-ansel"
     assert found(one) == {"*": ("v1", [("qwen3-vl-4b-lora-ansel", 1.0)])}
-    newest = {
-        "ansel": ("v10", [("qwen3-vl-4b-lora-ansel-v10", 1.0)]),
-        "weston": ("v1", [("qwen3-vl-4b-lora-weston", 1.0)]),
-    }
-    assert found("models") == newest
+    assert found("models") == {} and unpromoted(tree / "models") == ["ansel", "weston"]  # none was put in use
     assert found(f"ansel={one},weston=models/qwen3-vl-4b-lora-weston") == {
         "ansel": ("v1", [("qwen3-vl-4b-lora-ansel", 1.0)]),
         "weston": ("v1", [("qwen3-vl-4b-lora-weston", 1.0)]),
@@ -524,10 +527,38 @@ def test_what_a_lora_path_can_be(tree):
     assert both == {"ansel": (name, parts), "weston": ("v1", [("qwen3-vl-4b-lora-weston", 1.0)])}
     record(tree)
     deployed = {"ansel": ("v2", [("qwen3-vl-4b-lora-ansel-v2", 1.0)])}
-    assert found("models") == newest | deployed
+    assert found("models") == deployed and unpromoted(tree / "models") == ["weston"]
     assert found("models/ansel") == found("models/ansel/deployed.json") == deployed
     record(tree, adapter=None, version=None)  # everything taken back: the newest must not come in its place
-    assert found("models/ansel") == {} and found("models") == {"weston": newest["weston"]}
+    assert found("models/ansel") == found("models") == {} and unpromoted(tree / "models") == ["weston"]
+
+
+def test_a_record_means_the_same_from_every_folder(tree, monkeypatch):
+    expected = (tree / "models" / "qwen3-vl-4b-lora-ansel-v2").resolve()
+    path = record(tree)
+    for folder, named in (
+        (tree, "models"),
+        (tree / "models", "ansel"),
+        (tree / "config", "../models/ansel/deployed.json"),
+    ):
+        monkeypatch.chdir(folder)
+        sources, _ = find_sources(named, None)
+        assert sources["ansel"].parts == ((expected, 1.0),), path
+
+
+def test_an_advisor_with_a_dot_in_the_name_is_served(tree):
+    """Such a name passed for a folder that training had set aside, and was served from none."""
+    folder = tree / "models" / "qwen3-vl-4b-lora-mary.ellen"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapters.safetensors").write_text("")
+    (tree / "models" / "mary.ellen").mkdir()
+    (record(tree).parent / "deployed.json").rename(tree / "models" / "mary.ellen" / "deployed.json")
+    written = json.loads((tree / "models" / "mary.ellen" / "deployed.json").read_text())
+    written |= {"advisor": "mary.ellen", "version": "v1", "adapter": "../qwen3-vl-4b-lora-mary.ellen"}
+    (tree / "models" / "mary.ellen" / "deployed.json").write_text(json.dumps(written))
+    assert found("models") == {"mary.ellen": ("v1", [(folder.name, 1.0)])}
+    assert found(f"Mary.Ellen={folder}") == found("models")
 
 
 def test_a_folder_of_versions(tree):
@@ -535,9 +566,9 @@ def test_a_folder_of_versions(tree):
         (tree / "adapters" / "weston" / name).mkdir(parents=True)
         (tree / "adapters" / "weston" / name / "adapter_config.json").write_text("{}")
         (tree / "adapters" / "weston" / name / "adapter_model.safetensors").write_text("")
-    assert found("adapters") == {"weston": ("v10", [("v10", 1.0)])}
-    assert found("adapters/weston") == {"*": ("v10", [("v10", 1.0)])}
-    assert found("ansel=adapters/weston") == {"ansel": ("v10", [("v10", 1.0)])}
+    assert found("adapters") == {} and unpromoted(tree / "adapters") == ["weston"]
+    assert unpromoted(tree / "adapters" / "weston") == ["weston"]
+    assert found("adapters/weston") == {} and found("adapters/weston/v2") == {"*": ("v2", [("v2", 1.0)])}
 
 
 @pytest.mark.parametrize(
@@ -547,7 +578,7 @@ def test_a_folder_of_versions(tree):
         ("models/qwen3-vl-4b-lora-ansel/adapters.safetensors", "is a file; name the adapter's folder"),
         ("ansel=models/qwen3-vl-4b-lora-ansel,ansel=nowhere", "ansel is named twice"),
         ("models/qwen3-vl-4b-lora-ansel,models/qwen3-vl-4b-lora-weston", "has no weight; combine as a:0.7,b:0.3"),
-        ("models:0.5,models/qwen3-vl-4b-lora-weston:0.5", "holds several adapters"),
+        ("models:0.5,models/qwen3-vl-4b-lora-weston:0.5", "models is not one adapter"),
         (",", "--lora_path: empty"),
         ("models/notes", "neither an adapter nor a folder of adapters"),
     ],

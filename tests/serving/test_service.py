@@ -30,6 +30,7 @@ def models(tiny_base: Path, tmp_path_factory) -> Path:
     make_adapter(folder / "qwen3-vl-4b-lora-ansel-v2", tiny_base, 2)
     make_adapter(folder / "qwen3-vl-4b-lora-weston", tiny_base, 3)
     deploy(folder, "ansel", 1)
+    deploy(folder, "weston", 1)
     return folder
 
 
@@ -311,7 +312,10 @@ def test_ab_test_with_an_unusable_adapter_serves_the_base_and_says_so(
         assert headers["X-Model-Used"] == "base"
         assert answer["response"] == offline["base", "ansel", photos[1].name, "as it is"]
         # when the adapter is there after all, the service takes it; without a jobs table nothing is recorded
-        make_adapter(tmp_path / "v1", tiny_base, 1)
+        make_adapter(tmp_path / "qwen3-vl-4b-lora-ansel", tiny_base, 1)
+        assert running.post("/lora/reload", model_mode="fine_tuned")[0] == 200
+        assert running.analyze(photos[1], "ansel", "unpromoted")[0]["X-Model-Used"] == "base"
+        deploy(tmp_path, "ansel", 1)
         assert running.post("/lora/reload", model_mode="fine_tuned")[0] == 200
         headers, _ = running.analyze(photos[1], "ansel", "k")
         assert headers["X-Model-Used"] == "fine_tuned" and headers["X-Adapter-Version"] == "v1"
