@@ -12,6 +12,7 @@ from .adapters import Adapter
 from .answers import analysis_problem, text_of
 from .arms import ARMS, REQUEST_MODES, Job, Scope, assign, is_carried, scope_of_request
 from .calls import Call
+from .canary import Canary
 from .errors import one_line
 from .flags import flags
 from .in_use import AdaptersInUse
@@ -30,7 +31,22 @@ class Answering:
         self.adapters, self.recorder = adapters, recorder
         self.generating = threading.Lock()  # mlx-vlm keeps state in the model: one generation at a time
         self.counts, self.prompts = Counter(), Counter()
+        self.canary: Canary | None = None  # a test that is widened by itself
         self.stored: dict[str, bool] = {}  # end of a prompt -> whether its answer was the last of its job
+
+    @property
+    def split(self) -> float:
+        """The share of jobs that a test gives to the adapter now."""
+        return self.canary.split if self.canary is not None else self.adapters.split
+
+    def begin_canary(self, split: float | None = None) -> None:
+        """Begin, or go on with, the schedule of --ab_test_schedule; a ``split`` that is given by hand ends it."""
+        versions = {adapter.version for adapter in self.adapters.table.values()}
+        if flags.ab_test_schedule and split is None and self.adapters.mode == "ab_test" and self.recorder.path:
+            version = versions.pop() if len(versions) == 1 else None
+            self.canary = Canary(flags.ab_test_schedule, self.recorder.path, version)
+        else:
+            self.canary = None
 
     def choose(self, job_id: str | None, advisor: str | None, fields: dict) -> Job:
         """Make a job and choose its arm: by the request's own ``mode`` if it has one, else as the service's mode says.
@@ -49,8 +65,8 @@ class Answering:
             if fields.get("override") in ("base", "fine_tuned") and flags.allow_arm_override:
                 mode = fields["override"]
             if mode == "ab_test":
-                job.in_test = True
-                job.arm = assign(job.id or uuid.uuid4().hex, self.adapters.split)
+                job.in_test, job.split = True, self.split
+                job.arm = assign(job.id or uuid.uuid4().hex, job.split)
             else:
                 job.arm = mode
         scope = scope_of_request.get()
@@ -151,7 +167,7 @@ class Answering:
         Once decided, a job keeps its arm: all its answers come from one model.
         """
         if not job.settled and job.arm == "fine_tuned" and job.adapter.breaker.since is not None:
-            job.arm, job.in_test = "base", False  # an answer of the base, but no part of the test
+            job.arm, job.in_test, job.split = "base", False, None  # an answer of the base, but no part of the test
         job.settled = True
         if job.arm != "fine_tuned":
             return None
@@ -213,7 +229,8 @@ class Answering:
 
     def conclude(self, job: Job) -> None:
         """Judge and record a job that asks the model no more: by its last answer, which is the one that is stored."""
-        if not job.concluded:
+        was_concluded = job.concluded
+        if not was_concluded:
             job.concluded = True
             self.counts[job.model_used] += not job.counted
             job.counted = True
@@ -231,10 +248,14 @@ class Answering:
                     f"the last one: {job.problem}; the base answers until POST /lora/rearm or a reload to another "
                     "version")  # fmt: skip
         self.recorder.record(job)
+        if job.in_test and self.canary is not None and not was_concluded:
+            self.canary.note()
 
     def health(self) -> dict:
         """Return what /health says of the answers so far."""
         return {
+            "ab_test_split": self.split,
+            "ab_test_schedule": self.canary and self.canary.state(),
             "arms": {name: self.counts[name] for name in ARMS},
             "invalid": self.counts["invalid"],
             "fallbacks": self.counts["fallback"],

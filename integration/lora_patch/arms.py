@@ -61,6 +61,7 @@ class Job:
     arm: str  # base or fine_tuned
     adapter: object | None  # the `Adapter` of its advisor, also when the arm is base
     in_test: bool = False
+    split: float | None = None  # of a job in a test: the adapter's share of jobs when the arm was drawn
     version: str | None = None
     seconds: float = 0.0  # of generation, waiting for the model not
     problem: str | None = None  # of the last answer

@@ -15,6 +15,7 @@ class Flags:
     model_mode: str | None = None  # base, unless --use_fine_tuned or an active model says otherwise
     use_fine_tuned: bool = False
     ab_test_split: float = 0.5  # share of jobs
+    ab_test_schedule: tuple[float, ...] | None = None  # shares of jobs
     lora_scale: float | None = None  # factor of the update, for adapters whose files do not tell it
     model_config: str | None = None
     jobs_db: str | None = None
@@ -41,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--lora_path", help="adapter folder, folder of versions, or ansel=FOLDER,weston=FOLDER; a:0.7,b:0.3 combines")
     add("--model_mode", choices=MODES, help="which model answers (default: base)")
     add("--ab_test_split", type=share, help="share of jobs that ab_test gives to the adapter (default: %(default)s)")
+    add(
+        "--ab_test_schedule",
+        type=schedule,
+        help="shares that ab_test widens to while its guardrails hold: 5%%,25%%,50%%",
+    )
     add("--lora_scale", type=float, help="scale of an older mlx-vlm adapter whose files do not tell it")
     add("--use_fine_tuned", nargs=0, help="the same as --model_mode fine_tuned")
     add("--model_config", help="JSON with named models and active_model, or a deployed.json")

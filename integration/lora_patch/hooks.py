@@ -131,11 +131,12 @@ def start(app, get_model=None, db_path=None):
             _refuse_to_start(error)
         adapters.fail(error)
     service.recorder.open(db_path)
+    service.begin_canary()
     Routes(service).add_to(app)
     for advisor, adapter in adapters.table.items():
         who = "every advisor" if advisor == EVERYONE else advisor
         ranks = ", ".join(map(str, adapter.ranks))
         say(logging.INFO, f"{who}: {adapter.path} ({adapter.version}, rank {ranks}, {adapter.nbytes / 1e6:.1f} MB)")
-    split = f", split {adapters.split:g}" if adapters.mode == "ab_test" else ""
+    split = f", split {service.split:g}" if adapters.mode == "ab_test" else ""
     say(logging.INFO, f"model mode {adapters.mode}{split}")
     return app

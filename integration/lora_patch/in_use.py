@@ -156,7 +156,6 @@ class AdaptersInUse:
         only = next(iter(adapters.values())) if len(adapters) == 1 else {}
         return {
             "model_mode": self.mode,
-            "ab_test_split": self.split,
             "problem": self.problem,
             "adapter_path": only.get("path") or flags.lora_path or flags.model_config,
             "version": only.get("version"),

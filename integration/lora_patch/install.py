@@ -59,7 +59,7 @@ def install(service: Path, check: bool, uninstall: bool, database: str | None = 
     for note in installer.notes:
         print(f"note: {note}")
     if re.search(rb"INSERT\s+(OR\s+\w+\s+)?INTO\s+jobs\s+VALUES", raw, re.I):
-        print("note: INSERT INTO jobs without a list of columns fails once the table has four more; name the columns")
+        print("note: INSERT INTO jobs without a list of columns fails once the table has five more; name the columns")
 
 
 def _expression(database: str | None) -> str | None:

@@ -20,6 +20,7 @@ COLUMNS = {  # added to the jobs table
     "adapter_version": "TEXT",
     "model_duration": "REAL",  # seconds of generation, a retry included, waiting for the model not
     "model_fallback": "INTEGER",  # 1: the fine-tuned answer was unusable, and the user got the base's
+    "ab_test_split": "REAL",  # of a job in a test: the share of jobs that the adapter got when its arm was drawn
 }
 
 
@@ -87,7 +88,8 @@ class Recorder:
 
     def record(self, job: Job) -> None:
         if (self.state == "on" or self.state.startswith("waiting")) and job.id is not None:
-            self.pending.append([job.model_used, job.version, round(job.seconds, 3), int(job.fallback), job.id, 0])
+            values = [job.model_used, job.version, round(job.seconds, 3), int(job.fallback), job.split]
+            self.pending.append([*values, job.id, 0])
             self.write_pending()
 
     def write_pending(self) -> None:

@@ -93,7 +93,9 @@ class Routes:
             if mode is not None and mode not in MODES:
                 raise LoraError(f"model_mode {str(mode)[:40]!r} is none of {', '.join(MODES)}")
             split = None if split is None else share(str(split))
-            return flask.jsonify(self.service.adapters.reload(mode, split))
+            done = self.service.adapters.reload(mode, split)
+            self.service.begin_canary(split)
+            return flask.jsonify(done)
         except (ValueError, OSError, MemoryError, argparse.ArgumentTypeError) as error:
             say(logging.ERROR, f"reload refused, everything stays as it is: {one_line(error)}")
             mode = self.service.adapters.mode

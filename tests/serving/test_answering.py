@@ -319,6 +319,27 @@ def test_the_mode_of_a_request_decides_and_the_flag_is_the_default(default, monk
         assert [service.choose("1", "ansel", {"mode": mode}).model_used for mode in (None, "", "sepia")] == [plain] * 3
 
 
+def test_a_schedule_draws_the_arms_and_is_recorded(monkeypatch, tmp_path):
+    with serving(monkeypatch, [GOOD] * 30, ab_test_schedule=(0.25, 1.0)) as (service, _, run):
+        service.adapters.mode = "ab_test"
+        service.recorder.open(make_db(tmp_path / "mondrian.db", rows=8))
+        service.begin_canary()
+        looks = []
+        monkeypatch.setattr(service.canary, "note", lambda: looks.append(1))
+        for number in range(8):
+            with request(service):
+                hooks.choose(f"j{number}", "ansel")
+                run(JSON_PROMPT)
+            service.canary.split = 0.25 if number < 3 else 1.0
+        with contextlib.closing(sqlite3.connect(tmp_path / "mondrian.db")) as db:
+            rows = db.execute("SELECT ab_test_split, model_used FROM jobs ORDER BY id").fetchall()
+        assert [row[0] for row in rows] == [0.25] * 4 + [1.0] * 4
+        assert {row[1] for row in rows[4:]} == {"ab_test_fine_tuned"} and len(looks) == 8
+        assert service.health()["ab_test_split"] == 1.0
+        service.begin_canary(split=0.5)  # by hand
+        assert service.canary is None and service.split == service.adapters.split
+
+
 # -- reload -----------------------------------------------------------------------------------------------------------
 
 

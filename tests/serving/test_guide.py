@@ -75,6 +75,7 @@ def test_the_guide_names_every_flag_with_its_default():
         "--model_config": "none",
         "--model_mode": "base",
         "--ab_test_split": str(Flags.ab_test_split),
+        "--ab_test_schedule": "none",
         "--lora_scale": "none",
         "--use_fine_tuned": "off",
         "--jobs_db": "the service's",
