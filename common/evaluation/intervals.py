@@ -24,6 +24,7 @@ import numpy as np
 LEVELS = np.array([0.025, 0.05, 0.95, 0.975])
 ONE_SIDED = 1.6448536269514722  # standard errors of a one-sided 95% limit
 RESAMPLES = 2000
+SMALLEST_ERROR = 1 / 3  # of a resample, in standard errors of the figure
 MAX_DRAWS = 2_000_000  # resamples times photographs: bounds memory and time with thousands of photographs
 SEED = 20  # fixed, so that the same outputs always give the same report
 
@@ -173,8 +174,8 @@ def _bootstrap_t(columns: np.ndarray, value_of: Callable, gradient_of: Callable)
         return Figure.of(value, n, np.full(4, value))
     resamples = int(np.clip(MAX_DRAWS // n, 500, RESAMPLES))
     values, errors = studied(columns[np.random.default_rng(SEED).integers(0, n, (resamples, n))])
-    usable = errors > 1e-9 * error  # a resample of one photograph alone has no standard error
-    pivots = (values[usable] - value) / errors[usable]
+    # a resample of nearly equal photographs has hardly an error, and would stretch the limits without bound
+    pivots = (values - value) / np.maximum(errors, SMALLEST_ERROR * error)
     return Figure.of(value, n, value - np.quantile(pivots, LEVELS[::-1]) * error)
 
 

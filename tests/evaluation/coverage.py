@@ -57,6 +57,9 @@ CASES = {
     "mean, exponential": _mean(lambda rng, n: rng.exponential(size=n), 1.0),
     "mean, lognormal (sigma 0.5)": _mean(lambda rng, n: rng.lognormal(0, 0.5, n), np.exp(0.125)),
     "mean, lognormal (sigma 1)": _mean(lambda rng, n: rng.lognormal(0, 1, n), np.exp(0.5)),
+    "mean, mostly 0 (0.8), else 1 or 2": _mean(
+        lambda rng, n: rng.choice(3, n, p=[0.8, 0.15, 0.05]).astype(float), 0.25
+    ),
     "difference of losses a token": (_ratio_difference, -0.1),
     "median, lognormal (sigma 0.5)": (lambda rng, n: intervals.median(rng.lognormal(0, 0.5, n)), 1.0),
     "Pearson, rho 0.6": (lambda rng, n: intervals.correlation(*_scores(rng, n, 0.6), ranks=False), 0.6),

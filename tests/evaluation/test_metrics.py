@@ -43,6 +43,11 @@ def test_mean_leaves_out_what_was_not_measured():
     assert (figure.value, figure.n) == (2.0, 2)
 
 
+def test_one_photograph_unlike_the_others_does_not_stretch_the_limits_without_bound():
+    figure = intervals.mean(np.array([0.02] * 16 + [0.03] * 3 + [2.0]))
+    assert figure.high < 1
+
+
 def test_limits_lie_around_the_value_in_order():
     figure = intervals.mean(np.random.default_rng(1).exponential(size=12))
     assert figure.low < figure.lower < figure.value < figure.upper < figure.high
