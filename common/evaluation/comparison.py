@@ -176,7 +176,8 @@ def about_scores(report: dict, summary: Summary) -> list[str]:
         difference = summary.difference("candidate", CONSTANT, name)
         if ours and constant and ours.value is not None and constant.value is not None:
             beats = difference.high is not None and difference.high < 0
-            verb = "beats" if beats else "does not beat"
+            closer = ours.value < constant.value
+            verb = "beats" if beats else "is not shown to beat" if closer else "does not beat"
             found.append(
                 f"The candidate {verb} one constant, the mean of the training scores, in the {label}: "
                 f"{ours.value:.2f} points off, the constant {constant.value:.2f}"

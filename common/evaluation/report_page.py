@@ -97,12 +97,20 @@ def write_report_page(path: Path, report: dict) -> None:
         failures=scoring.FAILURES,
         pairs=metrics.pairs(list(report["summary"]["arms"])),
         cards=ordered,
-        gained=[card for card in ordered[::-1] if card.gain > 0][:MOST],
-        lost=[card for card in ordered if card.gain < 0][:MOST],
+        most=_most(ordered),
         points=_points(report, arms),
         losses=_losses(report),
         facts=_facts(report),
     )
+
+
+def _most(ordered: list[Card]) -> dict[str, list[Card]]:
+    """Return the photographs to show first, by their heading: those that gained most, and at the other end of the
+    order those that lost most, or gained least where none lost."""
+    gained = [card for card in ordered[::-1] if card.gain > 0][:MOST]
+    lost = [card for card in ordered if card.gain < 0][:MOST]
+    least = [card for card in ordered[:MOST] if card not in gained]
+    return {"Gained most": gained, "Lost most" if lost else "Gained least": lost or least}
 
 
 def _groups(figures: dict[str, dict]) -> dict[str, list[str]]:
@@ -199,14 +207,14 @@ def _error(answer: dict, wanted: dict[str, float]) -> float | None:
 
 
 def _gain(answers: dict[str, dict], errors: dict[str, float | None], loss_gain: float | None) -> float:
-    """Return how much better the candidate's answer is: 10 for a format that the service parses, points of score
-    error and nats of loss added."""
+    """Return how much better the candidate's answer is: 10 for the prompt's format, points of score error, and, which
+    no reader of the answer sees, a tenth of the nats of loss."""
     if not {"base", "candidate"} <= answers.keys():
         return 0.0
     strict = [answers[arm]["verdict"]["strict"] for arm in ("base", "candidate")]
     known = None not in (errors["base"], errors["candidate"])
     closer = errors["base"] - errors["candidate"] if known else 0.0
-    return 10 * (strict[1] - strict[0]) + closer + (loss_gain or 0.0)
+    return 10 * (strict[1] - strict[0]) + closer + (loss_gain or 0.0) / 10
 
 
 def _rows(analyses: dict[str, dict], dimensions: list[str]) -> list[tuple[str, list[Cell]]]:

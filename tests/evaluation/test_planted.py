@@ -211,7 +211,7 @@ def test_an_adapter_no_better_than_one_constant_is_said_so(case):
     assert content["training_scores"]["means"]["overall_score"] == pytest.approx(mean)
     assert arms["constant"]["overall.mae"]["value"] == pytest.approx(wanted)
     assert arms["constant"]["overall.pairs"]["value"] == 0.5 and arms["constant"]["overall.rank"]["value"] is None
-    assert "does not beat one constant, the mean of the training scores, in the overall scores" in sentences
+    assert "is not shown to beat one constant, the mean of the training scores, in the overall scores" in sentences
 
 
 def test_expected_scores_stand_beside_the_greedy_ones(case):
