@@ -50,15 +50,18 @@ class Device:
 
 
 def find_device() -> Device:
-    """Return the default device: a Mac's recommended working set, a GPU's memory, or the RAM that is free."""
+    """Return the default device and what it offers to this process: a Mac's recommended working set, else what is
+    free plus what MLX holds already, since a plan counts the loaded base itself."""
     info = mx.device_info()
     name = str(info.get("device_name", info.get("architecture", "unknown device")))
+    held = mx.get_active_memory() + mx.get_cache_memory()
     if mx.default_device() == mx.Device(mx.cpu):
-        return Device("cpu", name, available_ram())
+        return Device("cpu", name, available_ram() + held)
     if mx.metal.is_available():
         return Device("metal", name, int(info["max_recommended_working_set_size"]))
-    offers = info.get("free_memory") or info.get("total_memory") or info.get("memory_size") or available_ram()
-    return Device("cuda", name, int(offers))
+    total = info.get("total_memory") or info.get("memory_size")
+    free = info.get("free_memory")
+    return Device("cuda", name, int(total or available_ram() + held) if free is None else int(free) + held)
 
 
 def available_ram() -> int:

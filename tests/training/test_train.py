@@ -170,6 +170,32 @@ def test_the_layout_follows_the_memory(data, tiny_base, monkeypatch):
         assert f"chosen: micro-batch {micro}, checkpointing off" in result.output
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_what_mlx_holds_already_is_part_of_what_the_device_offers(backend, monkeypatch):
+    """The plan adds the loaded base to what a run needs, so a device must not offer less for having loaded it."""
+    start = mx.get_active_memory() + mx.get_cache_memory()
+
+    def free() -> int:  # as the operating system or the driver would count it
+        return 8_000_000_000 - (mx.get_active_memory() + mx.get_cache_memory() - start)
+
+    monkeypatch.setattr(memory, "available_ram", free)
+    if backend == "cuda":
+        monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+        monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+        monkeypatch.setattr(
+            mx, "device_info", lambda: {"device_name": "GPU", "free_memory": free(), "total_memory": 16e9}
+        )
+    before = memory.find_device()
+    base = mx.zeros((60_000_000,), mx.float32)
+    mx.eval(base)
+    after = memory.find_device()
+    assert (before.backend, after.offers) == (backend, before.offers)
+    shape = replace(QWEN_4B, weights=base.nbytes)
+    assert memory.fit(shape, after, [2640], [880], memory.Choice(1), 128) == memory.fit(
+        shape, before, [2640], [880], memory.Choice(1), 128
+    )
+
+
 QWEN_4B = memory.Shape(
     layers=36, hidden=2560, heads=32, kv_heads=8, head_dim=128, intermediate=9728, vocabulary=151_936, itemsize=2,
     quantized=False, weights=8_044_000_000, trainable=33_030_144, rank=16, deepstack=3, attention="fused",
