@@ -26,7 +26,7 @@ def test_exif_orientation_is_applied(tmp_path):
 @pytest.mark.parametrize(
     ("size", "bound", "expected"),
     [((4032, 3024), 1024, (1024, 768)), ((3024, 4032), 1024, (768, 1024)), ((640, 480), 1024, (640, 480)),
-     ((5000, 2), 1024, (1024, 1))],
+     ((5000, 30), 1024, (1024, 6))],
 )  # fmt: skip
 def test_the_long_side_is_bounded_and_never_enlarged(tmp_path, size, bound, expected):
     Image.new("RGB", size, "gray").save(tmp_path / "photo.jpg")
@@ -47,6 +47,36 @@ def test_16_bit_grey_keeps_its_range(tmp_path):
     photo = np.asarray(load_photo(tmp_path / "scan.png"))
     assert photo.shape == (8, 256, 3)
     assert np.abs(photo[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("top", "kind"),
+    [(1.0, np.float32), (255.0, np.float32), (65535.0, np.float32), (3e5, np.float32), (65535, np.int32),
+     (255, np.int32), (2**31 - 1, np.int32)],
+)  # fmt: skip
+def test_32_bit_and_float_pictures_keep_their_range(tmp_path, top, kind):
+    ramp = (np.linspace(0, 1, 256) * top).astype(kind)
+    Image.fromarray(np.tile(ramp, (8, 1))).save(tmp_path / "scan.tif")
+    photo = np.asarray(load_photo(tmp_path / "scan.tif"))
+    assert np.abs(photo[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+
+
+def test_numbers_that_are_none_do_not_blacken_a_picture(tmp_path):
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "none.tif")
+    assert load_photo(tmp_path / "none.tif").size == (8, 8)
+
+
+@pytest.mark.parametrize("size", [(5000, 20), (20, 5000), (4100, 1)])
+def test_a_picture_too_thin_for_the_model_is_refused(tmp_path, size):
+    Image.new("RGB", size, "gray").save(tmp_path / "thin.png")
+    with pytest.raises(PhotoError, match=f"thin.png: {size[0]} x {size[1]} pixels, too long and thin"):
+        load_photo(tmp_path / "thin.png")
+
+
+def test_postscript_behind_a_photographs_name_is_not_run(tmp_path):
+    (tmp_path / "print.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
+    with pytest.raises(PhotoError, match="not a readable photograph"):
+        load_photo(tmp_path / "print.jpg")
 
 
 def test_cmyk_and_grey_become_rgb(tmp_path):
