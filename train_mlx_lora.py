@@ -30,8 +30,9 @@ from common.training.loop import train_loop
 from common.training.options import AUTO, NumberOrAuto, TrainingOptions
 from common.training.plan import print_plan
 from common.training.run import Run, Setup
-from common.training.setup import check_resumable, device_errors, fingerprint_of, lay_out, open_folder, prepare_rows
+from common.training.setup import check_resumable, device_errors, lay_out, open_folder, prepare_rows
 from common.training.signals import Stopped, StopRequest
+from integration.lora_patch.fingerprint import base_fingerprint
 from integration.lora_patch.hub import DEFAULT_BASE
 from integration.lora_patch.photo import MAX_IMAGE_SIZE
 from integration.lora_patch.vlm import load_base
@@ -104,7 +105,7 @@ def train(ctx: click.Context, options: TrainingOptions, processes: Processes, st
     data = read_data(options.train_data), read_data(options.val_data)
     check_apart(*data)
     base = load_base(options.base_model)
-    fingerprint = fingerprint_of(base)
+    fingerprint = base_fingerprint(base.path, base.name)
     if state:
         check_resumable(folder, state, differences, data, fingerprint, processes)
     if state and state["position"]["done"] and folder.finished:

@@ -19,7 +19,7 @@ from common.training.options import AUTO, LAYOUT, TrainingOptions
 from common.training.plan import Layout, choose_layout, limit_cache
 from common.training.rows import Prepared, RowMaker, RowStore
 from common.training.run_folder import RunFolder, data_differences, refuse_differences
-from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
+from integration.lora_patch.fingerprint import compare_fingerprints
 from integration.lora_patch.vlm import Base
 
 Checkpoint = tuple[Path, dict]  # its folder and its state
@@ -40,13 +40,6 @@ def open_folder(options: TrainingOptions, processes: Processes) -> tuple[RunFold
 
     found = processes.agreed(look)
     return folder, (Path(found[0]), found[1]) if found else None
-
-
-def fingerprint_of(base: Base) -> dict:
-    try:
-        return base_fingerprint(base.path, base.name)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def check_resumable(

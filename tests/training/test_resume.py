@@ -250,6 +250,74 @@ def test_resuming_with_another_base_is_refused(stopped, tiny_base, make_tiny_mod
     assert "the adapter's base has the same shape but other weights" in result.stderr.splitlines()[-1]
 
 
+def weights(folder: Path) -> None:
+    """Change one number in the middle of the largest tensor, far beyond its first 4 KiB."""
+    tensors = mx.load(str(folder / "model.safetensors"))
+    name = max(tensors, key=lambda name: tensors[name].size)
+    flat = tensors[name].reshape(-1)
+    flat[flat.size // 2] += 1
+    tensors[name] = flat.reshape(tensors[name].shape)
+    mx.eval(tensors)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+
+
+def chat_template(folder: Path) -> None:
+    for path in folder.glob("chat_template.*"):
+        path.write_text(path.read_text().replace("assistant", "critic"))
+
+
+def tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    value = json.loads(path.read_text())
+    value["model"]["merges"] = value["model"]["merges"][:-200]
+    path.write_text(json.dumps(value))
+
+
+def vision_tower(folder: Path) -> None:
+    tensors = mx.load(str(folder / "model.safetensors"))
+    name = next(name for name in sorted(tensors) if "visual" in name or "vision" in name)
+    tensors[name] = tensors[name] * 2
+    mx.eval(tensors)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+
+
+BASES = {
+    weights: "other weights",
+    vision_tower: "other weights",
+    chat_template: "chat template",
+    tokenizer: "tokenizer is another",
+}
+
+
+@pytest.mark.parametrize("change", BASES, ids=lambda change: change.__name__)
+def test_resuming_after_the_base_changed_in_place_is_refused(change, stopped, tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    state = stopped / "run/checkpoints/step-000004/state.json"
+    assert train_here(base, "--output_dir", "run", "--resume").exit_code == 0, "a copy is the same base"
+    change(base)
+    (stopped / "run/training_args.json").unlink()
+    result = train_here(base, "--output_dir", "run", "--resume")
+    assert result.exit_code == 1 and state.exists()
+    assert BASES[change] in result.stderr.splitlines()[-1], result.stderr
+
+
+@pytest.mark.parametrize("change", [vision_tower, chat_template, tokenizer], ids=lambda change: change.__name__)
+def test_rows_that_a_killed_run_left_on_disk_serve_no_other_base(change, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(write_dataset(tmp_path / "data", train=2, val=1))
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    options = ("--output_dir", "run", "--feature_cache", "disk", "--epochs", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mlx_lora, "train_loop", lambda run, stop: (_ for _ in ()).throw(UserError("killed")))
+        assert train_here(base, *options).exit_code == 1
+    before = set(Path(".run.cache").iterdir())
+    assert len(before) == 3
+    change(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mlx_lora, "train_loop", lambda run, stop: (_ for _ in ()).throw(UserError("killed")))
+        assert train_here(base, *options).exit_code == 1
+    assert len(set(Path(".run.cache").iterdir()) - before) == 3
+
+
 def test_an_unfinished_run_is_not_overwritten_unasked(stopped, tiny_base):
     result = train_here(tiny_base, "--output_dir", "run")
     assert result.exit_code == 1
