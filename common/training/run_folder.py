@@ -70,6 +70,7 @@ class RunFolder:
                 number = 1
                 while (aside := real.with_name(f"{real.name}.replaced-{number}")).exists():
                     number += 1
+                (real / ".lock").unlink()
                 real.rename(aside)
                 sync_folder(real.parent)
                 line = f"the former {self.path} is now {aside if self.path.is_absolute() else self._shown(aside)}"

@@ -250,6 +250,33 @@ def test_resuming_with_another_base_is_refused(stopped, tiny_base, make_tiny_mod
     assert "the adapter's base has the same shape but other weights" in result.stderr.splitlines()[-1]
 
 
+def test_the_advice_for_a_full_device_can_be_followed(data, tiny_base, monkeypatch):
+    """Its options change the layout in memory: allowed on resume, with a word on exactness; the data stay the same."""
+    monkeypatch.chdir(data)
+    steps, compute = iter(range(100)), loop.packed_loss_and_grads
+
+    def full(*arguments, **options):
+        if next(steps) == 9:
+            raise RuntimeError("[malloc] Unable to allocate 99 bytes")
+        return compute(*arguments, **options)
+
+    options = ("--epochs", 4, "--save_freq", 3, "--batch_size", 2, "--output_dir", "full device")
+    monkeypatch.setattr(loop, "packed_loss_and_grads", full)
+    result = train_here(tiny_base, *options)
+    assert result.exit_code == 1
+    assert "--resume --grad_checkpointing on --micro_batch_size 1" in result.stderr.splitlines()[-1]
+    monkeypatch.setattr(loop, "packed_loss_and_grads", compute)
+    del result  # its traceback holds the run, and with it the folder's lock
+    advice = ("--resume", "--grad_checkpointing", "on", "--micro_batch_size", 1, "--pad_multiple", 32)
+    result = train_here(tiny_base, *options, *advice)
+    assert result.exit_code == 0, result.output
+    assert "the layout in memory is another than before" in result.stderr and "continuing after step 9" in result.output
+    layout = json.loads(Path("full device/training_args.json").read_text())["layout"]
+    assert (layout["micro"], layout["checkpointing"], layout["multiple"]) == (1, True, 32)
+    seen = [row["step"] for row in log_of(Path("full device")) if row["kind"] == "train"]
+    assert seen == list(range(1, 17))
+
+
 def weights(folder: Path) -> None:
     """Change one number in the middle of the largest tensor, far beyond its first 4 KiB."""
     tensors = mx.load(str(folder / "model.safetensors"))

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 import train_mlx_lora
+from common.files import sha256_file
 from common.training import loop, memory
 from common.training.loss_curve import HEIGHT, WIDTH
 from common.training.memory import Device
@@ -135,6 +136,72 @@ def test_overwriting_renames_what_was_there(data, tiny_base):
     assert f"the former {ADAPTER} is now {ADAPTER}.replaced-1" in result.output
     assert Path(f"{ADAPTER}.replaced-1/adapter_model.safetensors").read_bytes() == former
     assert (data / ADAPTER / "adapter_model.safetensors").read_bytes() != former
+
+
+FOREIGN = {
+    "an adapter of mlx-vlm": ("adapter_config.json", "adapters.safetensors"),
+    "an adapter of PEFT": ("adapter_config.json", "adapter_model.safetensors", "README.md"),
+    "an old adapter of PEFT": ("adapter_model.bin",),
+    "a model": ("config.json", "model.safetensors"),
+    "a card": ("README.md",),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_another_program_wrote_is_not_overwritten_unasked(kind, data, tiny_base):
+    Path("mine").mkdir()
+    for name in FOREIGN[kind]:
+        Path("mine", name).write_text("of another program")
+    before = {path: path.read_bytes() for path in Path("mine").iterdir()}
+    for more in ((), ("--resume",)):
+        result = train_here(tiny_base, "--epochs", 1, "--output_dir", "mine", *more)
+        assert result.exit_code == 1
+        assert "mine: holds files that this run did not write (" in result.stderr.splitlines()[-1]
+        assert {path: path.read_bytes() for path in Path("mine").iterdir()} == before
+    result = train_here(tiny_base, "--epochs", 1, "--output_dir", "mine", "--overwrite")
+    assert result.exit_code == 0 and "the former mine is now mine.replaced-1" in result.output
+    assert {Path("mine") / path.name: path.read_bytes() for path in Path("mine.replaced-1").iterdir()} == before
+
+
+def test_overwriting_through_a_link_leaves_the_link(data, tiny_base):
+    Path("disk").mkdir()
+    Path("link").symlink_to("disk/adapter")
+    assert train_here(tiny_base, "--epochs", 1, "--output_dir", "link").exit_code == 0
+    former = Path("disk/adapter/adapter_model.safetensors").read_bytes()
+    result = train_here(tiny_base, "--epochs", 1, "--seed", 1, "--output_dir", "link", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert f"the former link is now {data.resolve()}/disk/adapter.replaced-1" in result.output
+    assert Path("link").is_symlink() and str(Path("link").readlink()) == "disk/adapter"
+    assert Path("disk/adapter.replaced-1/adapter_model.safetensors").read_bytes() == former
+    assert Path("disk/adapter/adapter_model.safetensors").read_bytes() != former
+
+
+def test_masked_scores_are_out_of_the_loss(data, tiny_base):
+    """A masked span's tokens are not counted; a row that is masked throughout is named."""
+    rows = [json.loads(line) for line in (data / TRAIN).read_text().splitlines()]
+    (data / VAL).unlink()
+    assert train_here(tiny_base, "--epochs", 1, "--batch_size", 8, "--output_dir", "plain").exit_code == 0
+    digits = [i for i, letter in enumerate(rows[0]["response"]) if i >= 200 and letter.isdigit()]
+    edit_row(data / TRAIN, 0, masked_spans=[[i, i + 1] for i in digits])
+    assert train_here(tiny_base, "--epochs", 1, "--batch_size", 8, "--output_dir", "masked").exit_code == 0
+    plain, masked = ([row["loss"] for row in log_of(Path(name))] for name in ("plain", "masked"))
+    base = load_base(tiny_base)
+    picture = load_photo(rows[0]["image_path"])
+    whole = encode(base, rows[0]["prompt"], [picture], rows[0]["response"])
+    part = encode(base, rows[0]["prompt"], [picture], rows[0]["response"], [(i, i + 1) for i in digits])
+    assert int(whole.completion_mask.sum()) - int(part.completion_mask.sum()) == len(digits) and plain != masked
+    edit_row(data / TRAIN, 0, masked_spans=[[0, len(rows[0]["response"])]])
+    assert train_here(tiny_base, "--epochs", 1, "--output_dir", "all").exit_code == 0, "the end of turn is left"
+
+
+def test_a_mixed_set_is_refused(data, tiny_base):
+    meta = data / "training_data/training_data_ansel_meta.json"
+    hashes = {Path(path).name: sha256_file(data / path) for path in (TRAIN, VAL)}
+    meta.write_text(json.dumps({"advisor": "ansel", "sha256": hashes}))
+    assert train_here(tiny_base, "--plan").exit_code == 0
+    edit_row(data / VAL, 0, response="{}")
+    result = train_here(tiny_base, "--plan")
+    assert result.exit_code == 1 and "not the file that training_data_ansel_meta.json was written with" in result.stderr
 
 
 def test_a_plan_measures_and_writes_nothing(data, tiny_base):
