@@ -17,7 +17,14 @@ def counted(count: int, noun: str) -> str:
 
 def paragraph(text: str, indent: str = "", hang: str = "") -> str:
     """Return a text wrapped to the terminal; ``hang`` more is the indent of all lines but the first."""
-    return textwrap.fill(text, width(), initial_indent=indent, subsequent_indent=indent + hang, break_on_hyphens=False)
+    return textwrap.fill(
+        text,
+        width(),
+        initial_indent=indent,
+        subsequent_indent=indent + hang,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def table(header: list[str], rows: list[list], indent: str = "  ") -> str:

@@ -9,8 +9,8 @@ from common.errors import UserError
 from common.evaluation.comparison import read_report
 from common.evaluation.gates import format_value
 from common.files import read_json
-from common.release.promotion import read_history, worst_verdict
-from common.tables import counted, paragraph, table
+from common.release.promotion import HISTORY, read_history
+from common.tables import paragraph, table
 from integration.lora_patch.versions import ARGS, adapter_hashes, find_versions, read_record, record_path
 
 COLUMNS = {
@@ -46,7 +46,7 @@ def describe_versions(models: Path, advisor: str, evaluation: Path) -> list[dict
                 "trained_on": (args.get("train_data") or {}).get("examples"),
                 "held_out": (args.get("val_data") or {}).get("examples"),
                 "figures": {key: arm[key] for key in COLUMNS if key in arm},
-                "verdict": worst_verdict(report["gates"]) if report else None,
+                "verdict": report["verdict"]["word"] if report else None,
                 "report": str(path) if path else None,
                 "in_use": in_use,
                 "record": str(place) if in_use else None,
@@ -102,12 +102,7 @@ def in_use_sentence(models: Path, advisor: str) -> str:
     if record.get("report"):
         text += f"; report {place.parent / record['report']}, SHA-256 {(record.get('report_sha256') or '?')[:12]}"
     earlier = [version["version"] for version in record["history"] if version.get("version")]
-    return text + f". Before it: {', '.join(earlier) or 'nothing'}. All of it: {place.with_name('history.jsonl')}."
-
-
-def data_sentence(row: dict) -> str:
-    """Return the data that a version was trained and judged on, as part of a sentence."""
-    return f"trained on {counted(row['trained_on'] or 0, 'example')}, {row['held_out'] or 0} held out"
+    return text + f". Before it: {', '.join(earlier) or 'nothing'}. All of it: {place.with_name(HISTORY)}."
 
 
 def _figure(figures: dict, name: str) -> str:

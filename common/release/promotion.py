@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common.errors import UserError, refuse
 from common.evaluation.comparison import read_report, recomputed
-from common.evaluation.gates import DEFAULT_GATES, Gate, bound_text, failed, from_dicts, load_gates
+from common.evaluation.gates import DEFAULT_GATES, Gate, bound_text, from_dicts, load_gates
 from common.files import read_json, read_rows, sync_folder, write_json, write_text
 from integration.lora_patch.adapters import read_adapter
 from integration.lora_patch.sources import adapter_in
@@ -35,7 +35,6 @@ from integration.lora_patch.versions import (
 )
 
 HISTORY = "history.jsonl"
-WORST_FIRST = ("fail", "not measured", "unlikely", "likely", "pass")
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,19 @@ class Rule:
     strict: bool = False  # "pass" alone, where "likely" will do otherwise
     gates: Path | None = None
 
-    def objections(self, rows: list[dict]) -> list[dict]:
-        """Return the gates (rows of `gates.decide`) that keep a version from being put in use."""
-        return failed(rows) + [row for row in rows if self.strict and row["verdict"] == "likely"]
+    def judge(self, report: dict) -> dict:
+        """Return a report computed again from its raw outputs, and decided by this rule."""
+        return recomputed(report, self.wanted(report), self.strict)
 
-    def describe(self, wanted: list[Gate]) -> str:
+    def wanted(self, report: dict) -> list[Gate]:
+        """Return the gates that decide."""
+        return load_gates(self.gates) if self.gates else from_dicts(report["gates"])
+
+    def describe(self, report: dict) -> str:
         """Return the rule in words, as record and history keep it."""
         text = "every gate pass" + ("" if self.strict else " or likely")
-        changes = [change for gate in wanted if (change := gate_change(gate))]
+        changes = [change for gate in self.wanted(report) if (change := gate_change(gate))]
         return text + (f"; {'; '.join(changes)}" if changes else "")
-
-
-def worst_verdict(rows: list[dict]) -> str:
-    """Return the verdict of all gates together: the worst of one; "pass" where none applies."""
-    found = {row["verdict"] for row in rows}
-    return next((verdict for verdict in WORST_FIRST if verdict in found), "pass")
 
 
 def gate_change(gate: Gate) -> str | None:
@@ -102,9 +99,8 @@ def promote(models: Path, advisor: str, number: int, report_path: Path, rule: Ru
     current, report = read_record(place), read_report(report_path)
     if current and current["adapter"] and current["sha256"] == adapter_hashes(folder):
         return current, False
-    wanted = load_gates(rule.gates) if rule.gates else from_dicts(report["gates"])
-    rows = recomputed(report, wanted)["gates"]
-    problems = [f"{row['title']}: {row['verdict']} ({row['reason']})" for row in rule.objections(rows)]
+    verdict = rule.judge(report)["verdict"]
+    problems = list(verdict["failed"])
     if report.get("recorded_outputs"):
         problems.append("the report was made from recorded outputs, not by running the model")
     if report["arms"].get("candidate", {}).get("sha256") != adapter_hashes(folder):
@@ -116,7 +112,7 @@ def promote(models: Path, advisor: str, number: int, report_path: Path, rule: Ru
         keeps = f"{current['version']} stays in use" if current and current["adapter"] else "nothing is in use"
         refuse([f"{report_path}: v{number} of {advisor} is not promoted, {keeps}", *problems])
     kept, digest = keep_report(models, advisor, number, report_path)
-    decision = {"rule": rule.describe(wanted), "verdict": worst_verdict(rows)}
+    decision = {"rule": rule.describe(report), "verdict": verdict["word"]}
     decision |= {"report": kept.relative_to(place.parent).as_posix(), "report_sha256": digest}
     record = new_record(models, advisor, number, decision, [_without_history(current)] if current else [])
     record["history"] += current["history"] if current else []

@@ -10,10 +10,11 @@ import click
 
 from common.errors import UserError, refuse
 from common.evaluation.comparison import read_report
-from common.files import read_json, read_rows, sha256_file
+from common.evaluation.gates import failed
+from common.files import read_json, read_rows, sha256_file, write_json
 from common.release.listing import in_use_sentence
 from common.release.promotion import Rule, ensure_record, keep_report, locked, promote
-from common.tables import counted, paragraph
+from common.tables import counted
 from integration.lora_patch.versions import (
     ARGS,
     deployed_folder,
@@ -24,11 +25,14 @@ from integration.lora_patch.versions import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKER = ARGS  # the trainer writes it last
-ADVICE = {  # by the figure's family: what to change before the next round
+MARKER = ".trained"  # the trainer writes it last, and removes it when it starts
+UNDER_WAY = "round.json"  # beside the record, while a round lasts: the version that it makes
+NOT_PROMOTABLE = (3, 4)  # exit codes of evaluate_lora.py: it is finished, and the version is not promoted
+ADVICE = {  # by the family of a blocking gate's figure: what to change before the next round
     "format": "Look at the outputs in the report that break the format; more epochs (TRAIN_ARGS) teach it better.",
     "loss": "Look at the training curve: train longer while the validation loss still falls, shorter where it rises.",
-    "speed": "Time it again on a quiet machine; a smaller rank or a fused model costs less time.",
+    "speed": "Time it again on a quiet machine; a smaller rank, or a fused model, costs less time.",
+    "distinct": "Look at the training data: advice that repeats itself is learned.",
 }
 
 
@@ -57,16 +61,19 @@ class RoundOptions:
         return self.work / "training_data" / f"training_data_{self.advisor}_{name}.jsonl"
 
 
-def run_round(options: RoundOptions) -> None:
-    """Run the phases and end with a paragraph that says what came of it. Nothing existing is changed.
+def run_round(options: RoundOptions) -> tuple[str, int]:
+    """Run the phases; return a paragraph that says what came of it, and the exit code (0: promoted).
 
-    UserError (with the reasons) when the new version is not promoted. A round that was interrupted goes on: a version
-    that is not finished is trained further, not skipped.
+    Nothing existing is changed. A round that was interrupted goes on with its version, whether that is half trained or
+    not yet judged. UserError when a phase fails.
     """
     with locked(options.models, options.advisor):
         ensure_record(options.models, options.advisor)
         have = find_versions(options.models, options.advisor)
-        number = max(have, default=0) + 1
+        under_way = record_path(options.models, options.advisor).with_name(UNDER_WAY)
+        number = read_json(under_way)["version"] if under_way.is_file() else max(have, default=0) + 1
+        write_json(under_way, {"version": number})
+        have = {known: folder for known, folder in have.items() if known != number}
         incumbent = deployed_folder(record_path(options.models, options.advisor))
         against = f"v{parse_folder(incumbent)[1]}, which is in use" if incumbent else "the base alone"
         click.echo(f"Round for {options.advisor}: v{number}, to be compared with {against}")
@@ -75,8 +82,9 @@ def run_round(options: RoundOptions) -> None:
         _tell_unchanged(options.data("train"), have)
         folder = version_folder(options.models, options.advisor, number)
         _train(options, folder)
-        report = _evaluate(options, folder, incumbent)
-        click.echo("\n" + paragraph(_decide(options, number, report)))
+        outcome = _decide(options, number, _evaluate(options, folder, incumbent))
+        under_way.unlink()
+        return outcome
 
 
 def _make_data(options: RoundOptions) -> None:
@@ -104,37 +112,38 @@ def _evaluate(options: RoundOptions, folder: Path, incumbent: Path | None) -> Pa
     given += ["--deployed", str(incumbent or "none"), "--output_report", str(report)]
     for stale in (report, report.with_suffix(".html")):
         stale.unlink(missing_ok=True)  # of a round that was interrupted: must not stand for this one
-    _run("4/4 evaluate", "evaluate_lora.py", given, options.eval_args, may_fail=True)
+    _run("4/4 evaluate", "evaluate_lora.py", given, options.eval_args, accept=NOT_PROMOTABLE)
     if not report.is_file():
         raise UserError(f"{report}: evaluation wrote no report; see above, then run the round again")
     return report
 
 
-def _decide(options: RoundOptions, number: int, report: Path) -> str:
-    """Promote the version if the rule allows it, and return the paragraph; UserError says why not."""
+def _decide(options: RoundOptions, number: int, report: Path) -> tuple[str, int]:
+    """Promote the version if the rule allows it; return the paragraph and the exit code."""
     models, advisor, name = options.models, options.advisor, f"v{number}"
-    found = read_report(report)
-    photographs = counted(found["summary"]["photographs"], "held-out photograph")
+    found = options.rule.judge(read_report(report))
+    verdict, place = found["verdict"], record_path(models, advisor)
     trained = (read_json(version_folder(models, advisor, number) / ARGS).get("train_data") or {}).get("examples", 0)
+    photographs = counted(found["summary"]["photographs"], "held-out photograph")
     opening = f"{name} of {advisor} was trained on {counted(trained, 'example')} and judged on {photographs}"
-    objections = options.rule.objections(found["gates"])
-    if objections:
+    if not verdict["promotable"]:
         kept, _ = keep_report(models, advisor, number, report)
-        reasons = "; ".join(f"{row['title']}: {row['verdict']} ({row['reason']})" for row in objections)
-        families = dict.fromkeys(row["figure"].split(".")[0] for row in objections)
+        families = dict.fromkeys(row["figure"].split(".")[0] for row in failed(found["gates"], options.rule.strict))
         advice = " ".join(ADVICE[family] for family in families if family in ADVICE)
-        text = f"{opening}; it is not promoted: {reasons}. {in_use_sentence(models, advisor)} {advice}"
-        raise UserError(f"{text} Report: {kept.with_suffix('.html')}")
+        reasons = " ".join(f"{reason}." for reason in (*verdict["failed"], *verdict["decides"]))
+        text = f"{opening}; it is not promoted. {reasons} {in_use_sentence(models, advisor)} {advice}"
+        return f"{text} Report: {kept.with_suffix('.html')}", verdict["exit_code"]
     record, _ = promote(models, advisor, number, report, options.rule)
-    likely = [f"{row['title']} ({row['reason']})" for row in found["gates"] if row["verdict"] == "likely"]
-    doubt = f" Not yet certain: {'; '.join(likely)}." if likely else ""
+    doubt = "".join(f" {sentence}." for sentence in verdict["decides"])
     before = record["history"][0]["version"] if record["history"] else None
-    return (
-        f"{opening}; it is in use now in place of {before or 'the base alone'} ({record['verdict']}).{doubt} "
-        f"A running service takes it with: curl -X POST localhost:5100/lora/reload. A service that does not use the "
-        f"record yet is started with --lora_path {record_path(models, advisor).resolve()}. Back again: make rollback "
-        f"ADVISOR={advisor}. Report: {record_path(models, advisor).parent / record['report']}"
+    text = (
+        f"{opening}; it is in use now in place of {before or 'the base alone'} ({verdict['word']}). "
+        f"{verdict['headline']}{doubt} A running service takes it over with: curl -X POST "
+        f"localhost:5100/lora/reload. One that does not read the record yet is started with --lora_path "
+        f"{place.resolve()}. Back again: make rollback ADVISOR={advisor}. "
+        f"Report: {(place.parent / record['report']).with_suffix('.html')}"
     )
+    return text, 0
 
 
 def refuse_held_out(train: Path, have: dict[int, Path]) -> None:
@@ -163,11 +172,12 @@ def _tell_unchanged(train: Path, have: dict[int, Path]) -> None:
 
 
 def _run(
-    title: str, script: str, arguments: list[str], more: str, may_fail: bool = False, hosts: Path | None = None
+    title: str, script: str, arguments: list[str], more: str, accept: tuple = (), hosts: Path | None = None
 ) -> None:
+    """Run a script as a process of its own; UserError for an exit code but 0 and those in ``accept``."""
     click.echo(f"\n== {title}")
     launcher = [str(Path(sys.executable).parent / "mlx.launch"), "--hostfile", str(hosts), "--"] if hosts else []
     command = [*launcher, sys.executable, str(ROOT / script), *arguments, *shlex.split(more)]
     code = subprocess.run(command, check=False).returncode
-    if code and not may_fail:
+    if code and code not in accept:
         raise UserError(f"{script} failed (exit code {code}); see above, then run the round again")

@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.release.listing import describe_versions, newest_report, show_versions
 from common.release.promotion import Rule, locked, promote, rollback
 from common.release.rounds import RoundOptions, run_round
+from common.tables import paragraph
 from integration.lora_patch.hub import DEFAULT_BASE
 from integration.lora_patch.names import is_advisor
 from integration.lora_patch.versions import find_versions, record_path
@@ -130,8 +131,13 @@ def rollback_command(advisor: str, work: Path) -> None:
 @click.option("--hosts", type=click.Path(path_type=Path), help="hostfile of mlx.launch: train on several machines")
 @click.option("--strict", is_flag=True, help='promote on "pass" alone, not on "likely"')
 def iterate_command(advisor: str, work: Path, strict: bool, **options) -> None:
-    """Train the next version on today's data, compare it with the one in use, promote it if every gate allows it."""
-    run_round(RoundOptions(advisor=advisor, work=work, rule=Rule(strict=strict), **options))
+    """Train the next version on today's data, compare it with the one in use, promote it if every gate allows it.
+
+    Exit code 0: promoted; 3: not promoted, since a gate is unlikely to hold or not measured; 4: since one fails.
+    """
+    text, code = run_round(RoundOptions(advisor=advisor, work=work, rule=Rule(strict=strict), **options))
+    click.echo("\n" + paragraph(text))
+    click.get_current_context().exit(code)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from common.evaluation import comparison
+from common.evaluation import comparison, gates
 from common.files import read_json, sha256_file, write_json, write_jsonl
 from common.release import promotion, rounds
 from common.release.versions import main
@@ -212,7 +211,7 @@ def phases(monkeypatch, tiny_base):
     """The phases of a round, recorded; training writes an adapter whose quality the test sets, evaluation is real."""
     done = {"commands": [], "climb": -3.0, "data": None}
 
-    def fake(title, script: str, arguments: list[str], more: str, may_fail: bool = False, hosts=None) -> None:
+    def fake(title, script: str, arguments: list[str], more: str, accept: tuple = (), hosts=None) -> None:
         done["commands"].append((script, arguments, more))
         if hosts:
             assert "hosts" not in done
@@ -226,6 +225,7 @@ def phases(monkeypatch, tiny_base):
                     shutil.copy(path, target)
         if script == "train_mlx_lora.py":
             make_adapter(Path(given["--output_dir"]), tiny_base, done["data"], climb=done["climb"], seed=9)
+            (Path(given["--output_dir"]) / ".trained").touch()
         if script == "evaluate_lora.py":
             evaluate(*arguments, *QUICK, "--gates", done["gates"])
 
@@ -258,6 +258,9 @@ def test_round_trains_the_next_version_and_promotes_it(work, phases, tiny_base):
     assert phases["commands"][3][1][phases["commands"][3][1].index("--deployed") + 1].endswith("qwen3-vl-4b-lora-ansel")
     assert result.exit_code == 0, result.output
     assert (record(work)["version"], record(work)["history"][0]["version"]) == ("v3", "v1")
+    told = " ".join(result.output.split("\n\n")[-1].split())
+    assert "it is in use now in place of v1 (likely)." in told and "make rollback ADVISOR=ansel" in told
+    assert f"--lora_path {work.resolve()}/models/ansel/deployed.json" in told
 
 
 def test_round_keeps_the_version_in_use_when_a_gate_fails(work, phases, tiny_base):
@@ -265,9 +268,11 @@ def test_round_keeps_the_version_in_use_when_a_gate_fails(work, phases, tiny_bas
     assert run(work, "promote", "--version", "v1").exit_code == 0
     hashes = {number: versions.adapter_hashes(path) for number, path in _all(work).items()}
     result = run(work, "iterate", "--base_model", tiny_base)
-    assert result.exit_code == 1
-    assert "it is not promoted" in result.stderr and "v1 is in use since" in result.stderr
-    assert "Validation loss not worse than deployed: fail" in result.stderr
+    assert result.exit_code == 4 and not result.stderr
+    told = " ".join(result.output.split("\n\n")[-1].split())
+    assert told.startswith("v4 of ansel was trained on 3 examples and judged on 10 held-out photographs; it is not")
+    assert "Validation loss not worse than deployed: fail" in told and "v1 is in use since" in told
+    assert "Look at the training curve" in told and told.endswith(".html")
     assert record(work)["version"] == "v1"
     assert list((work / "models" / "ansel" / "reports").glob("v4-*.html"))
     assert {number: versions.adapter_hashes(path) for number, path in _all(work).items() if number < 4} == hashes
@@ -283,7 +288,7 @@ def test_version_that_was_never_promoted_is_not_written_down_as_in_use(work, pha
     given = next(arguments for script, arguments, _ in phases["commands"] if script == "evaluate_lora.py")
     assert given[given.index("--deployed") + 1] == "none"
     if climb > 0:
-        assert result.exit_code == 1 and "has the service answer with the base alone" in " ".join(result.stderr.split())
+        assert result.exit_code == 4 and "has the service answer with the base alone" in " ".join(result.output.split())
         assert record(work)["adapter"] is None
     else:
         assert result.exit_code == 0 and record(work)["version"] == "v2"
@@ -362,12 +367,11 @@ def test_list_as_json(work):
 def rejudged(monkeypatch, verdict: str) -> None:
     """Have one gate come out with this verdict when promotion judges the report anew."""
 
-    def again(report, wanted):
-        report = comparison.recomputed(report, wanted)
-        gates = [row | ({"verdict": verdict} if row["name"] == "base_loss" else {}) for row in report["gates"]]
-        return report | {"gates": gates}
+    def decide(wanted, summary):
+        rows = gates.decide(wanted, summary)
+        return [row | ({"verdict": verdict} if row["name"] == "base_loss" else {}) for row in rows]
 
-    monkeypatch.setattr(promotion, "recomputed", again)
+    monkeypatch.setattr(comparison, "decide", decide)
 
 
 def test_likely_is_promotable_and_strict_wants_pass(work, monkeypatch):
@@ -406,7 +410,18 @@ def test_record_means_the_same_from_every_folder(work, monkeypatch, tmp_path):
 def test_training_without_its_end_marker_is_not_evaluated(work, phases, tiny_base, monkeypatch):
     """mlx.launch exits 0 after a process of its was killed."""
     phases.update(data=make_data(work), gates=work / "gates.toml")
-    monkeypatch.setattr(sys.modules[__name__], "make_adapter", lambda folder, *rest, **more: folder.mkdir())
+    monkeypatch.setattr(Path, "touch", lambda path: None)
     result = run(work, "iterate", "--base_model", tiny_base, "--hosts", "hosts.json")
     assert result.exit_code == 1 and "training did not finish" in result.stderr
     assert "evaluate_lora.py" not in [script for script, _, _ in phases["commands"]]
+
+
+def test_round_that_was_interrupted_goes_on_with_its_version(work, phases, tiny_base, monkeypatch):
+    phases.update(data=make_data(work), gates=work / "gates.toml")
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "_evaluate", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(work, "iterate", "--base_model", tiny_base).exit_code == 130
+    result = run(work, "iterate", "--base_model", tiny_base)
+    assert "Round for ansel: v4" in result.output and 5 not in _all(work)
+    assert "the training data are those of v4" not in result.output
+    assert not (work / "models" / "ansel" / "round.json").exists()
