@@ -214,8 +214,10 @@ def tell(comparison: dict, evaluation: Evaluation) -> None:
         click.echo(paragraph(sentence))
     click.echo()
     click.echo(paragraph(verdict["headline"]))
+    if verdict["decides"]:
+        click.echo("What would settle it:" if verdict["promotable"] else "What would help:")
     for sentence in verdict["decides"]:
-        click.echo(paragraph(f"To settle {sentence}", "  ", "  "))
+        click.echo(paragraph(sentence, "  ", "  "))
     folder, report_path = evaluation.options.lora_path, str(evaluation.report)
     advisor, number = parse_folder(folder)
     if verdict["promotable"] and advisor and not evaluation.options.from_outputs:

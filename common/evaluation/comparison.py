@@ -44,7 +44,7 @@ class Verdict:
     exit_code: int  # of evaluate_lora.py
     headline: str  # one sentence: what the adapter changes, and what blocks it
     failed: list[str]  # the gates that keep it from promotion, a line each
-    decides: list[str]  # what would settle the gates that are not settled, a line each
+    decides: list[str]  # what would settle the gates that are not settled, or may mend those that fail
     comparisons: list[dict]  # {"arm", "versus", "finding", "sentence", "same_outputs"}
     scores: list[str]  # sentences on the scores against their marks
     cannot_conclude: list[str]  # what this many photographs leave open

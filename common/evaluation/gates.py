@@ -36,7 +36,7 @@ from common.evaluation.metrics import Summary
 
 MIN_PHOTOGRAPHS = 5  # fewer decide nothing
 FORMAT_MARGIN = 0.05  # share: an answer in twenty
-LOSS_MARGIN = 0.02  # nats a token: two percent of perplexity
+LOSS_MARGIN = 0.02  # nats per token: two percent of perplexity
 OVERHEAD = 0.10  # share of the base's time
 BOUNDS = {
     "at_least": (operator.ge, ">="),
@@ -59,7 +59,12 @@ VERDICTS = {
     "off": "switched off in the gates file",
 }
 BLOCKING = ("fail", "not measured", "unlikely")
-ARMS = ("base", "candidate", "deployed", "base+grammar", "candidate+grammar", "candidate+expected")
+ARMS = ("base", "candidate", "deployed", "base+grammar", "candidate+grammar", "candidate+expected", "constant")
+HELP = {  # what may mend a gate that fails, by the beginning of its figure
+    "format": "more examples or epochs; the report shows each answer and what is wrong with it",
+    "loss": "a lower learning rate, fewer epochs or more examples; see loss_curve.png beside the adapter",
+    "speed": "a lower rank (--lora_r), or a measurement on a quiet machine",
+}
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def from_dicts(rows: list[dict]) -> list[Gate]:
 
 def decide(gates: list[Gate], summary: Summary) -> list[dict]:
     """Return a row a gate: its definition, "value", "low", "lower", "upper", "high", "n", "verdict" (`VERDICTS`),
-    "reason" (one line) and "decides": what would settle it, where it is not settled."""
+    "reason" (one line) and "decides": what would settle a gate that is not settled, or may mend one that fails."""
     found: dict[str, dict] = {}
     for gate in sorted(gates, key=lambda gate: gate.only_if is not None):
         found[gate.name] = asdict(gate) | _verdict(gate, summary, found)
@@ -238,7 +243,9 @@ def _verdict(gate: Gate, summary: Summary, decided: dict[str, dict]) -> dict:
         if base and base.value is not None and not gate.meets(base.value):
             own = "" if gate.arm == "base" else f" ({format_value(gate.figure, base.value)})"
             return row("reported", f"{reason}; the base alone misses it{own}, so it is not held against the adapter")
-    return row(verdict, reason, _decides(gate, figure, noun) if verdict in ("likely", "unlikely") else "")
+    if verdict == "fail":
+        return row(verdict, reason, HELP.get(gate.figure.partition(".")[0], ""))
+    return row(verdict, reason, _decides(gate, figure, noun) if verdict != "pass" else "")
 
 
 # -- what would settle a gate -----------------------------------------------------------------------------------------

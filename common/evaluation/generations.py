@@ -24,6 +24,7 @@ from common.dataset import Example
 from common.errors import UserError, refuse
 from common.files import read_rows, write_jsonl
 from common.schemas import OUTPUTS, fault
+from integration.lora_patch.json_text import is_number
 from integration.lora_patch.specification import PromptSpecification
 
 
@@ -78,6 +79,9 @@ class RecordedSource:
         for line, row in read_rows(path):
             kind = row.setdefault("kind", "output")
             problem = fault(row, OUTPUTS[kind]) if kind in OUTPUTS else f"unknown kind {kind!r}"
+            expected = row.get("expected_scores", {})
+            if not isinstance(expected, dict) or not all(map(is_number, expected.values())):
+                problem = problem or "expected_scores is not an object of numbers"
             if problem:
                 problems.append(f"{path}:{line}: {problem}")
                 continue

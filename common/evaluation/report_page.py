@@ -60,7 +60,7 @@ class Card:
     rows: list[tuple[str, list[Cell]]]  # title, a cell for the reference and for each arm
     errors: dict[str, float | None]  # mean score error by arm, points
     gain: float  # how much better the candidate's answer is than the base's; see `_gain`
-    loss_gain: float | None  # nats a token
+    loss_gain: float | None  # nats per token
 
     @property
     def broken(self) -> bool:

@@ -32,7 +32,7 @@ def _scores(rng, n, rho, arms=1):
 
 def _ratio_difference(rng, n):
     tokens = rng.integers(500, 1200, n).astype(float)
-    base = rng.gamma(20, 0.06, n)  # nats a token, a mean of 1.2
+    base = rng.gamma(20, 0.06, n)  # nats per token, a mean of 1.2
     ours = base - 0.1 + rng.normal(0, 0.15, n)
     return intervals.ratio_difference((ours * tokens, tokens), (base * tokens, tokens))
 

@@ -57,6 +57,7 @@ def test_sabotaged_adapter_fails(case):
     result, report = report_of(case, "sabotaged", "--lora_path", case["sabotaged"], "--gates", case["gates"])
     assert result.exit_code == 4
     assert "fail          Validation loss not worse than the base's" in result.stdout
+    assert "What would help:\n  Validation loss not worse than the base's: a lower learning rate" in result.stdout
     assert "Must not ship" in result.stdout
     assert report["verdict"]["comparisons"][0]["finding"] == "worse"
 

@@ -193,7 +193,8 @@ def test_a_good_adapter_with_12_photographs_is_likely_promotable_and_says_how_ma
     found = {row["name"]: row["verdict"] for row in content["gates"]}
     assert found["base_loss"] == found["overhead"] == found["inference_time"] == "pass"
     assert "Tuned format compliance: 59 held-out photographs without a fault; you have 12" in verdict["decides"]
-    assert "To settle Tuned format compliance" in result.stdout
+    assert "What would settle it:\n" in result.stdout
+    assert "  Tuned format compliance: 59 held-out photographs without a fault; you have 12\n" in result.stdout
 
 
 def test_four_photographs_are_not_measured(case):
@@ -373,13 +374,14 @@ def test_recorded_outputs_with_mistakes_are_named_by_line(case):
         {"kind": "loss", "arm": "base", "example": 0, "sum": "low", "tokens": 4},
         {"kind": "odd"},
         {"kind": "timing", "arm": "base"},
+        {"kind": "output", "arm": "base", "example": 0, "text": "x", "finish": "stop", "expected_scores": {"a": "b"}},
     ]
     write_jsonl(folder / "wrong.jsonl", lines)
     result = evaluate(
         "--lora_path", adapter, "--from_outputs", folder / "wrong.jsonl", "--output_report", folder / "no"
     )
     assert result.exit_code == 1
-    assert [f"wrong.jsonl:{line}:" in result.stderr for line in range(1, 6)] == [True] * 5
+    assert [f"wrong.jsonl:{line}:" in result.stderr for line in range(1, 7)] == [True] * 6
     assert not (folder / "no.json").exists()
 
 
