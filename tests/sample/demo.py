@@ -98,7 +98,7 @@ class Demo:
         of = ("--advisor", ADVISOR, "--work", self.folder)
         shutil.rmtree(self.report.parent, ignore_errors=True)
         self.run("evaluate", self._evaluated, (
-            "evaluate_lora.py", "--lora_path", self.adapter, "--output_report", self.report,
+            "evaluate_lora.py", "--lora_path", self.adapter, "--output_report", self.report, "--timing_seconds", 20,
         ), codes=(0, 3, 4))  # fmt: skip
         self.run("promote", lambda: "v1 is in use", (*versions, "promote", *of))
         with self._service() as service:
