@@ -36,6 +36,7 @@ def as_html(report: dict) -> str:
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         f"<title>Adapter and base in service</title><style>{STYLE}</style></head><body><main>",
         f'<h1>Adapter and base in service</h1><p class="says">{text(report["sentence"])}</p>',
     ]
