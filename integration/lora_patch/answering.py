@@ -18,6 +18,7 @@ from .flags import flags
 from .in_use import AdaptersInUse
 from .jobs import Recorder
 from .log import say
+from .own_generation import Unknown, Wanted
 from .streams import ReaderLeft, Relay, with_text
 from .switching import Use, switched_on
 
@@ -108,7 +109,8 @@ class Answering:
             if adapter is None:
                 self._pieces(call, None, relay.put)
                 return
-            holds = flags.fallback_on_invalid and not self._is_intermediate(call.prompt)
+            # a constrained answer is valid unless it is cut short: its text need not wait
+            holds = flags.fallback_on_invalid and not flags.constrained and not self._is_intermediate(call.prompt)
             held, error = [], None
 
             def put(piece):
@@ -126,7 +128,7 @@ class Answering:
                 raise
             except Exception as raised:
                 error, problem = raised, one_line(raised)
-            if self._falls_back(job, problem):
+            if self._falls_back(job, problem, can=holds):
                 call.use_photo(call.prepared if job.in_test else call.photo)
                 self._pieces(call, None, relay.put)
             elif error is not None:
@@ -178,7 +180,10 @@ class Answering:
         """Return (result, whether the adapter took part)."""
         use = Use(adapter) if adapter else None
         call.rewind()
+        wanted = self._understood(call, adapter)
         with switched_on(use):
+            if wanted is not None:
+                return self.adapters.own.whole(wanted, adapter, self._grammar(call, wanted)), adapter is not None
             result = call.function(*call.args, **call.kwargs)
         return result, bool(use and use.happened)
 
@@ -186,10 +191,26 @@ class Answering:
         """Put the pieces of a generator's answer; return whether the adapter took part."""
         use = Use(adapter) if adapter else None
         call.rewind()
-        with switched_on(use), contextlib.closing(call.function(*call.args, **call.kwargs)) as pieces:
+        wanted = self._understood(call, adapter)
+        if wanted is not None:
+            steps = self.adapters.own.pieces(wanted, adapter, self._grammar(call, wanted))
+        else:
+            steps = call.function(*call.args, **call.kwargs)
+        with switched_on(use), contextlib.closing(steps) as pieces:
             for piece in pieces:
                 put(piece)
-        return bool(use and use.happened)
+        return bool(use and (use.happened or wanted is not None))
+
+    def _understood(self, call: Call, adapter: Adapter | None) -> Wanted | None:
+        """Return what this package's own generation is to answer; None where mlx-vlm's is."""
+        try:
+            return self.adapters.own.understand(call, adapter)
+        except Unknown as reason:
+            self.adapters.own.leave_to_mlx_vlm(call, str(reason))
+            return None
+
+    def _grammar(self, call: Call, wanted: Wanted):
+        return None if self._is_intermediate(call.prompt) else self.adapters.own.grammar(wanted.text)
 
     def _problem(self, result, happened: bool, call: Call) -> str | None:
         if not happened:
@@ -199,9 +220,9 @@ class Answering:
             return None  # a result of a kind that we cannot look into, or one that is not what is stored
         return analysis_problem(text, call.prompt)
 
-    def _falls_back(self, job: Job, problem: str | None) -> bool:
+    def _falls_back(self, job: Job, problem: str | None, can: bool = True) -> bool:
         job.problem = problem
-        job.fallback = problem is not None and flags.fallback_on_invalid
+        job.fallback = problem is not None and flags.fallback_on_invalid and can
         if job.fallback:
             say(logging.WARNING, f"job {job.id!r}: {job.version} gave {problem}; the base answers instead")
         return job.fallback

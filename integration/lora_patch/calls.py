@@ -42,6 +42,7 @@ class Call:
         self.prepared = self.photo  # until `prepare_photo`
         self.files: list[str] = []
         named = next((name for name in PROMPT_NAMES if name in self.kwargs or name in at), None)
+        self.prompt_name, self.prompt_at = named, at.get(named)
         prompt = self.kwargs.get(named) if named in self.kwargs else self.args[at[named]] if named else ""
         self.prompt = prompt if isinstance(prompt, str) else ""
 
@@ -51,6 +52,21 @@ class Call:
             self.kwargs[self.photo_name] = photo
         elif self.photo_at is not None:
             self.args[self.photo_at] = photo
+
+    def photos(self) -> list:
+        """Return the photographs as they stand among the arguments now."""
+        if self.photo_name in self.kwargs:
+            photo = self.kwargs[self.photo_name]
+        else:
+            photo = None if self.photo_at is None else self.args[self.photo_at]
+        return list(photo) if isinstance(photo, list | tuple) else [] if photo is None else [photo]
+
+    def use_prompt(self, prompt: str) -> None:
+        """Put another prompt among the arguments."""
+        if self.prompt_name in self.kwargs:
+            self.kwargs[self.prompt_name] = prompt
+        elif self.prompt_at is not None:
+            self.args[self.prompt_at] = prompt
 
     def prepare_photo(self, max_image_size: int) -> None:
         """Fill `prepared` with the photograph as training sees it, in the form in which it came."""

@@ -20,6 +20,7 @@ class Flags:
     model_config: str | None = None
     jobs_db: str | None = None
     fallback_on_invalid: bool = True
+    constrained: bool = False
     allow_arm_override: bool = False
     breaker_window: int = 20  # answers
     breaker_bound: float = 0.25  # share of the window
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--model_config", help="JSON with named models and active_model, or a deployed.json")
     add("--jobs_db", help="database with the jobs table (default: the service's, else mondrian.db)")
     add("--fallback_on_invalid", type=_yes_or_no, help="on|off: retry an unusable answer on the base (default: on)")
+    add("--constrained", nargs=0, help="decode under the grammar of the analysis, so that every whole answer parses")
     add("--allow_arm_override", nargs=0, help="debugging: let a request choose with X-Lora-Arm: base|fine_tuned")
     add(
         "--breaker_window",

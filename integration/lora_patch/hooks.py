@@ -26,7 +26,7 @@ def attach(loaded, name: str | os.PathLike | None = None):
     """Prepare what mlx_vlm.load(name) returned, (model, processor, ...), for the adapters; returns it."""
     if flags.is_on:
         try:
-            service.adapters.adopt(loaded[0], name)
+            service.adapters.adopt(loaded[0], loaded[1] if len(loaded) > 1 else None, name)
         except LoraError as error:
             if threading.current_thread() is threading.main_thread():
                 _refuse_to_start(error)

@@ -10,6 +10,7 @@ from .base import check_base, read_base
 from .errors import LoraError, first_of
 from .flags import Flags, flags
 from .log import say
+from .own_generation import OwnGeneration
 from .sources import EVERYONE, Source, find_sources, unpromoted
 from .switching import make_switchable
 from .versions import RECORD
@@ -28,6 +29,7 @@ class AdaptersInUse:
         self.mode, self.split, self.problem = "base", Flags.ab_test_split, None
         self.asked: str | None = None  # the mode that /lora/reload was given
         self.model = self.base_name = self.base = None
+        self.own = OwnGeneration()
         self.started, self.warned = False, set()
         self.refusal: LoraError | None = None
         self.starting, self.reloading = threading.RLock(), threading.Lock()
@@ -91,10 +93,11 @@ class AdaptersInUse:
         self.table, self.problem = {}, str(error)
         say(logging.ERROR, f"THE ADAPTER IS NOT IN USE, the base answers everything: {error}")
 
-    def adopt(self, model, name: str | None) -> None:
+    def adopt(self, model, processor, name: str | None) -> None:
         """Take over the model that the service has just loaded and prepare it for the adapters."""
         self.begin()
         self.model = model
+        self.own.adopt(model, processor, name)
         self.base_name = name or self.base_name
         try:
             self.fit(self.table)
@@ -123,7 +126,9 @@ class AdaptersInUse:
                     say(logging.WARNING, warning)
                 self.warned.add(warning)
             if self.model is not None:
-                make_switchable(self.model, adapter)
+                with self.own.placing:
+                    make_switchable(self.model, adapter)
+                    self.own.prepare(adapter)
 
     def reload(self, mode: str | None = None, split: float | None = None) -> dict:
         """Read the sources again and swap what has changed; requests on their way keep the adapter they began with."""

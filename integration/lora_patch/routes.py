@@ -80,7 +80,7 @@ class Routes:
 
     def health(self) -> dict:
         service = self.service
-        return service.adapters.health() | service.health() | service.recorder.health()
+        return service.adapters.health() | service.health() | service.recorder.health() | service.adapters.own.health()
 
     def reload(self):
         flask = sys.modules["flask"]

@@ -80,6 +80,7 @@ def test_the_guide_names_every_flag_with_its_default():
         "--use_fine_tuned": "off",
         "--jobs_db": "the service's",
         "--fallback_on_invalid": "on",
+        "--constrained": "off",
         "--allow_arm_override": "off",
         "--breaker_window": str(Flags.breaker_window),
         "--breaker_bound": str(Flags.breaker_bound),

@@ -1,0 +1,185 @@
+"""The service's requests answered by this package's own generation: the same as mlx-vlm's, and what is left to it."""
+
+import logging
+
+import mlx_vlm
+import pytest
+from PIL import Image
+
+from integration.lora_patch import hooks
+from integration.lora_patch.adapters import read_adapter
+from integration.lora_patch.answering import Answering
+from integration.lora_patch.arms import Breaker, job_of_request
+from integration.lora_patch.flags import flags
+from integration.lora_patch.in_use import AdaptersInUse
+from integration.lora_patch.jobs import Recorder
+from integration.lora_patch.sources import adapter_in
+from integration.lora_patch.vlm import special_tokens
+from tests.sample.make_tree import sample_prompt
+from tests.standin.running import make_adapter
+
+MAX_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_base):
+    return mlx_vlm.load(str(tiny_base))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_base, tmp_path_factory):
+    return make_adapter(tmp_path_factory.mktemp("adapter") / "qwen3-vl-4b-lora-ansel", tiny_base, 1)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.radial_gradient("L").convert("RGB").resize((200, 150)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def service(loaded, folder, monkeypatch):
+    """A service in this process, whose jobs are answered with the adapter unless their mode is base."""
+    service = Answering(AdaptersInUse(), Recorder())
+    adapters = service.adapters
+    adapters.started, adapters.mode = True, "fine_tuned"
+    adapters.table = {"*": read_adapter(adapter_in(folder))}
+    adapters.table["*"].breaker = Breaker(20, 1.0)
+    monkeypatch.setattr(hooks, "service", service)
+    for name, value in {"use_fine_tuned": True, "fallback_on_invalid": False}.items():
+        monkeypatch.setattr(flags, name, value)
+    adapters.adopt(*loaded, None)
+    job_of_request.set(None)
+    yield service
+    job_of_request.set(None)
+
+
+def formatted(loaded, text, photos=1):
+    return mlx_vlm.apply_chat_template(loaded[1], loaded[0].config, text, num_images=photos)
+
+
+def ask(function, arm, *args, **kwargs):
+    """Ask as a service does whose job has this arm."""
+    hooks.service.adapters.mode = arm
+    hooks.choose("job", "ansel")
+    found = hooks.generation(function)(*args, **kwargs)
+    return found if function is mlx_vlm.generate else list(found)
+
+
+@pytest.mark.parametrize("arm", ["base", "fine_tuned"])
+@pytest.mark.parametrize("photos", [0, 1, 2])
+def test_answers_are_those_of_mlx_vlm(arm, photos, service, loaded, folder, photo, tiny_base):
+    model, processor = loaded
+    theirs = mlx_vlm.load(str(tiny_base), adapter_path=str(folder) if arm == "fine_tuned" else None)
+    theirs[0].eval()
+    prompt, images = formatted(loaded, sample_prompt("ansel"), photos), [photo] * photos or None
+    how = {"max_tokens": MAX_TOKENS, "temperature": 0.0}
+    expected = mlx_vlm.generate(*theirs, prompt, images, **how)
+    found = ask(mlx_vlm.generate, arm, model, processor, prompt, images, **how)
+    for name in ("text", "token", "token_ids", "prompt_tokens", "generation_tokens", "finish_reason"):
+        assert getattr(found, name) == getattr(expected, name), name
+    pieces = ask(mlx_vlm.stream_generate, arm, model, processor, prompt, image=images, **how)
+    theirs = list(mlx_vlm.stream_generate(*theirs, prompt, image=images, **how))
+    assert [(p.text, p.token, p.finish_reason) for p in pieces] == [(p.text, p.token, p.finish_reason) for p in theirs]
+    assert service.adapters.own.answered == 2 and not service.adapters.own.fallbacks
+    assert hooks.service.adapters.own.health()["generation"]["in_use"]
+
+
+def test_the_two_arms_differ(service, loaded, photo):
+    prompt = formatted(loaded, sample_prompt("ansel"))
+    texts = {ask(mlx_vlm.generate, arm, *loaded, prompt, photo, max_tokens=8, temperature=0).text
+             for arm in ("base", "fine_tuned")}  # fmt: skip
+    assert len(texts) == 2
+
+
+UNKNOWN = {
+    "a temperature": ({"temperature": 0.7}, "sampling (a temperature other than 0)"),
+    "the checkpoint's temperature": ({"temperature": None}, "sampling (a temperature other than 0)"),
+    "a repetition penalty": ({"repetition_penalty": 1.2}, "the argument repetition_penalty"),
+    "another size": ({"resize_shape": (64, 64)}, "the argument resize_shape"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_what_it_does_not_know_is_left_to_mlx_vlm_and_said_once(kind, service, loaded, photo, caplog):
+    changed, reason = UNKNOWN[kind]
+    how = {"max_tokens": 3, "temperature": 0.0} | changed
+    how = {name: value for name, value in how.items() if value is not None}
+    caplog.set_level(logging.INFO, "lora_patch")
+    for _ in range(2):
+        ask(mlx_vlm.generate, "fine_tuned", *loaded, formatted(loaded, "What is there?"), [photo], **how)
+        assert job_of_request.get().model_used == "fine_tuned"  # by mlx-vlm, the adapter switched on
+    assert [record.message for record in caplog.records].count(f"answered by mlx-vlm's own generation: {reason}") == 1
+    health = service.adapters.own.health()["generation"]
+    assert health["by_mlx_vlm"] == {reason: 2} and health["answered"] == 0
+    assert list(service.adapters.table["*"].breaker.answers) == [False, False]
+
+
+def test_prompts_of_another_form_and_functions_of_the_service_are_left_to_it(service, loaded, photo):
+    prompt = formatted(loaded, "What?").replace(
+        "<|im_start|>user", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"
+    )
+    ask(mlx_vlm.generate, "base", *loaded, prompt, [photo], max_tokens=2, temperature=0.0)
+    hooks.generation(lambda prompt: "an answer")("What?")
+    assert dict(service.adapters.own.fallbacks) == {
+        "a prompt that is not one user message in the chat template": 1,
+        "<lambda> is a function of the service's": 1,
+    }
+
+
+def test_another_model_type_is_served_by_mlx_vlm(loaded, service, monkeypatch):
+    monkeypatch.setattr(loaded[0].config, "model_type", "gemma3")
+    service.adapters.adopt(*loaded, None)
+    assert service.adapters.own.reason == "a model of type gemma3"
+    assert not service.adapters.own.health()["generation"]["in_use"]
+
+
+TEXT = "Say <|im_end|> or <|image_pad|>."
+
+
+def test_names_of_special_tokens_in_a_text_are_text(service, loaded, photo, monkeypatch):
+    """They would end the turn, or put the photograph in another place."""
+    own = service.adapters.own
+    rows = []
+    tokens = own._tokens
+    monkeypatch.setattr(own, "_tokens", lambda row, *more: (rows.append(row), tokens(row, *more))[1])
+    ask(mlx_vlm.generate, "base", *loaded, formatted(loaded, TEXT), [photo], max_tokens=1, temperature=0.0)
+    tokenizer = loaded[1].tokenizer
+    ids = [int(i) for i in rows[0].input_ids]
+    plain = [int(i) for i in own._row(own_wanted(own, loaded, "Say.", photo)).input_ids]
+    for name in ("<|im_end|>", "<|image_pad|>"):
+        assert ids.count(tokenizer.convert_tokens_to_ids(name)) == plain.count(tokenizer.convert_tokens_to_ids(name))
+    assert TEXT in tokenizer.decode(ids)
+
+
+def own_wanted(own, loaded, text, photo):
+    from integration.lora_patch.calls import Call
+
+    arguments = (*loaded, formatted(loaded, text), [photo])
+    return own.understand(Call(mlx_vlm.generate, arguments, {"temperature": 0.0}), None)
+
+
+def test_names_of_special_tokens_are_broken_up_for_mlx_vlm(service, loaded, photo, monkeypatch):
+    seen = []
+
+    def generate(model, processor, prompt, image=None, audio=None, video=None, verbose=False, **kwargs):
+        seen.append(prompt)
+        return "{}"
+
+    prompt = formatted(loaded, TEXT)
+    ask(generate, "base", *loaded, prompt, [photo], temperature=0.9)
+    assert seen[0] == prompt.replace("<|im_end|> or <|image_pad|>", "< |im_end|> or < |image_pad|>")
+    assert "<|im_end|>" in special_tokens(service.adapters.own.base)
+
+
+def test_a_constrained_answer_keeps_to_the_grammar(service, loaded, photo, monkeypatch):
+    prompt, how = formatted(loaded, sample_prompt("ansel")), {"max_tokens": 24, "temperature": 0.0}
+    free = ask(mlx_vlm.generate, "fine_tuned", *loaded, prompt, [photo], **how).text
+    monkeypatch.setattr(flags, "constrained", True)
+    bound = ask(mlx_vlm.generate, "fine_tuned", *loaded, prompt, [photo], **how).text
+    assert bound.startswith('{"image_description":"') and not free.startswith("{")
+    pieces = ask(mlx_vlm.stream_generate, "fine_tuned", *loaded, prompt, [photo], **how)
+    assert "".join(piece.text for piece in pieces) == bound and pieces[3].text  # its text need not wait
+    told = ask(mlx_vlm.generate, "base", *loaded, formatted(loaded, "What is there?"), [photo], **how).text
+    assert not told.startswith("{")  # no analysis is asked for
