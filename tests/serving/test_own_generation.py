@@ -180,6 +180,7 @@ def test_a_constrained_answer_keeps_to_the_grammar(service, loaded, photo, monke
     bound = ask(mlx_vlm.generate, "fine_tuned", *loaded, prompt, [photo], **how).text
     assert bound.startswith('{"image_description":"') and not free.startswith("{")
     pieces = ask(mlx_vlm.stream_generate, "fine_tuned", *loaded, prompt, [photo], **how)
-    assert "".join(piece.text for piece in pieces) == bound and pieces[3].text  # its text need not wait
+    assert "".join(piece.text for piece in pieces) == bound
+    assert any(piece.text for piece in pieces[:-1])  # its text need not wait
     told = ask(mlx_vlm.generate, "base", *loaded, formatted(loaded, "What is there?"), [photo], **how).text
     assert not told.startswith("{")  # no analysis is asked for
