@@ -187,6 +187,17 @@ VERDICT = {
     "image_sha256": Column("hash", "SHA-256 of its bytes"),
     "photo_group": Column("hash", "smallest SHA-256 of the photographs that are one picture", null=True),
 }
+LINK_REPORT = {
+    "jobs": Column("count", "in all databases"),
+    "linked": Column("count", "jobs in the manifest"),
+    "reasons": Column("object", "of the jobs left out: LINK_REASON by name"),
+    "sha256": Column("object", "of the manifest and the rejects, by file name"),
+}
+LINK_REASON = {
+    "jobs": Column("count", "jobs whose first reason it is"),
+    "in_all": Column("count", "jobs that have it"),
+    "meaning": Column("text", "the reason in words"),
+}
 SPLIT_RECORD = {
     "seed": Column("integer", "seed of the draw"),
     "val_split": Column("share", "share of validation"),

@@ -22,8 +22,12 @@ import click
 from common.analysis import AnalysisError
 from common.data.sources import MAX_TEXT, as_text
 from common.errors import UserError
+from integration.lora_patch.errors import LoraError
+from integration.lora_patch.prompts import Prompts, read_prompts
 
 NEEDED = ("id", "filename", "advisor", "status")  # columns without which jobs cannot be linked
+# what reading a damaged database raises; a message with damaged names in it is no UTF-8, and fails to be made
+_DAMAGE = (sqlite3.Error, UnicodeDecodeError, OverflowError, MemoryError)
 _BATCH = 500  # rows fetched at a time
 _PATIENCE = 15  # seconds to wait for a writer that locks readers out, and for a view to end
 
@@ -79,7 +83,6 @@ class Database:
         self._immutable = False
         self.connection = self._connect()
         self.columns = self._read_columns()
-        self._refuse_endless_view()
         self._keyed = self._has_rowid()
 
     def __enter__(self) -> "Database":
@@ -137,12 +140,12 @@ class Database:
 
     def _wait_for_writer(self, connection: sqlite3.Connection) -> None:
         """Return once the database can be read; OperationalError when a writer still holds it after `_PATIENCE`."""
-        connection.execute("PRAGMA busy_timeout = 1000")
+        connection.execute(f"PRAGMA busy_timeout = {int(1000 * min(1, _PATIENCE / 4))}")
         started, said = time.monotonic(), False
         while True:
             try:
                 connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-                connection.execute(f"PRAGMA busy_timeout = {1000 * _PATIENCE}")
+                connection.execute(f"PRAGMA busy_timeout = {int(1000 * _PATIENCE)}")
                 return
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() - started > _PATIENCE:
@@ -162,10 +165,17 @@ class Database:
             )
         return columns
 
-    def _refuse_endless_view(self) -> None:
-        """UserError where ``jobs`` is a view whose rows cannot be counted within `_PATIENCE`."""
+    def _has_rowid(self) -> bool:
+        """Tell whether rows can be fetched by their rowid: not from a view, nor from a table WITHOUT ROWID.
+
+        UserError where ``jobs`` is a view whose rows cannot be counted within `_PATIENCE`.
+        """
         if self._value("SELECT type FROM sqlite_master WHERE name = 'jobs'") != "view":
-            return
+            try:
+                self.connection.execute("SELECT rowid FROM jobs LIMIT 1").fetchone()
+                return True
+            except _DAMAGE:
+                return False
         ends = time.monotonic() + _PATIENCE
         self.connection.set_progress_handler(lambda: time.monotonic() > ends, 100_000)
         try:
@@ -174,13 +184,7 @@ class Database:
             raise UserError(f"{self.path}: jobs is a view that does not end ({error}); link a table of jobs") from error
         finally:
             self.connection.set_progress_handler(None, 0)
-
-    def _has_rowid(self) -> bool:
-        try:
-            self.connection.execute("SELECT rowid FROM jobs LIMIT 1").fetchone()
-            return True
-        except sqlite3.OperationalError:
-            return False
+        return False
 
     def newest(self) -> str:
         """Return the time of the newest job, in a form that sorts; "" without one."""
@@ -194,6 +198,13 @@ class Database:
         """Return {advisor: number of its jobs}, most jobs first."""
         rows = self._rows("SELECT CAST(advisor AS BLOB), count(*) FROM jobs GROUP BY 1 ORDER BY 2 DESC, 1")
         return {shown(name): count for name, count in rows}
+
+    def prompts(self, advisor: str) -> Prompts:
+        """Return the system prompt and the advisor's; UserError where their tables are damaged."""
+        try:
+            return read_prompts(self.connection, advisor)
+        except LoraError as error:
+            raise UserError(f"{self.path}: {error}") from error
 
     def count(self) -> int:
         """Return the number of jobs."""
@@ -240,7 +251,7 @@ class Database:
     def _rows(self, query: str) -> Iterator[tuple]:
         try:
             yield from self.connection.execute(query)
-        except (sqlite3.Error, OverflowError, MemoryError) as error:
+        except _DAMAGE as error:
             raise UserError(f"{self.path}: cannot be read to its end ({error}); copy or repair the database") from error
         if self._immutable and _state(self.path) != self._before:
             raise UserError(f"{self.path}: the service began to write to it during the reading; run the command again")
@@ -254,7 +265,7 @@ def open_database(path: str | os.PathLike) -> Database:
     """Open a database for reading only; UserError for what is missing, no SQLite, or no Mondrian database."""
     try:
         return Database(Path(path))
-    except sqlite3.Error as error:
+    except _DAMAGE as error:
         raise UserError(f"{path}: cannot be read ({error}); copy or repair the database") from error
 
 

@@ -23,7 +23,7 @@ from common.data.database import Database, open_database, shown
 from common.data.photos import MIN_SIDE, Locator, Photo, Place, describe, worker_pool
 from common.data.sources import REASONS as ANALYSIS_REASONS
 from common.data.sources import AnalysisFiles, Asked, Found, asked_by, find_analysis
-from integration.lora_patch.prompts import UnreadablePrompt, read_prompts, read_specification
+from integration.lora_patch.prompts import UnreadablePrompt, read_specification
 
 NOT_ASKED_FOR = {
     "other_advisor": "of another advisor",
@@ -173,7 +173,7 @@ class Linker:
 
     def reader(self, database: Database) -> Reader:
         """Return the reader of a database's jobs, which knows its system prompt."""
-        return Reader(self.files, read_prompts(database.connection, "").system_prompt or "", self.wanted.dimensions)
+        return Reader(self.files, database.prompts("").system_prompt or "", self.wanted.dimensions)
 
     def _tasks(self, jobs: Iterable[dict], seen: set[str]) -> Iterator[tuple[dict, Task]]:
         for job in jobs:

@@ -13,7 +13,9 @@ from common.data.candidates import response_of
 from common.data.findings import findings_of
 from common.data.preparation import MIN_VALIDATION, Arrangement, Lengths, Options, Task
 from common.dataset import messages_row, triplet_row
+from common.errors import UserError
 from common.files import read_json, sha256_file, write_atomic
+from common.schemas import LINK_REASON, LINK_REPORT, fault
 from common.tables import counted
 
 SCHEMA_VERSION = 1
@@ -131,5 +133,14 @@ def headline(arrangement: Arrangement, warnings: list[str]) -> dict[str, str]:
 def link_report(manifest: Path) -> dict:
     """Return the report that linking left beside a manifest; {} where there is none or it is of another manifest."""
     path = manifest.with_name(f"{manifest.stem}_report.json")
-    report = read_json(path) if path.is_file() else {}
-    return report if report.get("sha256", {}).get(manifest.name) == sha256_file(manifest) else {}
+    if not path.is_file():
+        return {}
+    report = read_json(path)
+    problem = fault(report, LINK_REPORT) if isinstance(report, dict) else "not a report of linking"
+    if not problem:
+        reasons = report["reasons"].items()
+        found = ((name, fault(r, LINK_REASON) if isinstance(r, dict) else "not an object") for name, r in reasons)
+        problem = next((f"{name}: {text}" for name, text in found if text), None)
+    if problem:
+        raise UserError(f"{path}: {problem}; link the data again")
+    return report if report["sha256"].get(manifest.name) == sha256_file(manifest) else {}

@@ -14,7 +14,6 @@ from integration.lora_patch.prompts import (
     DEFAULT_SYSTEM_PROMPT,
     build_prompt,
     demands_html,
-    read_prompts,
     read_specification,
 )
 
@@ -39,7 +38,7 @@ def service_prompt(advisor: str, databases: list[Path], system_file: Path | None
     found = []
     for path in places:
         with open_database(path) as database:
-            found.append((path, read_prompts(database.connection, advisor)))
+            found.append((path, database.prompts(advisor)))
     usable = [(path, prompts) for path, prompts in found if prompts.advisor_prompt]
     if not usable:
         names = ", ".join(map(str, places))

@@ -26,6 +26,7 @@ MAX_TEXT = 256_000  # characters; the longest real answer, a model that ran away
 # Reasons why an ended job has no usable analysis, nearest to a usable one first: the order decides which of several
 # places names the reason.
 REASONS = {
+    "unread": "the reader failed on it, which is a fault of this program; please report the job",
     "score_out_of_range": "a score is not from 0 to 10",
     "wrong_dimensions": "dimensions that its prompt asks for are lacking, or named otherwise",
     "unknown_dimensions": "no prompt of it tells which dimensions it asks for; name them with --dimensions",
@@ -44,7 +45,6 @@ REASONS = {
     "no_object": "a text without an analysis in it",
     "missing_analysis_file": "the stored path of the analysis leads to no file here",
     "no_analysis": "nothing was stored",
-    "unread": "the reader failed on it, which is a fault of this program; please report the job",
 }
 _RANK = {reason: rank for rank, reason in enumerate(REASONS)}
 
@@ -282,25 +282,26 @@ def read_answer(text: str, advisor: str, prompt: str, asked: Asked) -> tuple[dic
     # A model that thinks aloud answers after it; what stands inside the thoughts is no answer.
     visible, thought = _without_thoughts(body)
     around = ["text_around"] if echoed or (thought and visible.strip()) else []
-    if is_html_analysis(visible) and not _has_analysis_object(visible):
+    objects = list(find_objects(visible))
+    if is_html_analysis(visible) and not any(looks_like_analysis(value) for value, *_ in objects):
         try:
             analysis, mends = html_to_analysis(visible, advisor)
         except AnalysisError as error:
-            raise _sharper(error, visible, thought) from None
+            raise _diagnosis(visible, objects, False, thought) if error.reason == "no_cards" else error from None
         return analysis, [*nul, *around, *mends], "html"
-    analysis, mends = _read_json(visible, asked, echoed or _is_echo(text, prompt), thought)
+    analysis, mends = _read_json(visible, objects, asked)
+    if analysis is None:
+        raise _diagnosis(visible, objects, echoed or _is_echo(text, prompt), thought)
     return analysis, list(dict.fromkeys([*nul, *around, *mends])), "json"
 
 
-def _has_analysis_object(text: str) -> bool:
-    return any(looks_like_analysis(value) for value, *_ in find_objects(text)) if "{" in text else False
-
-
-def _read_json(text: str, asked: Asked, echoed: bool, thought: bool) -> tuple[dict, list[str]]:
-    """Return (analysis, mends) from a text with a JSON object in it: bare, fenced, or after a heading."""
-    candidates = [item for item in find_objects(text) if looks_like_analysis(item[0])]
+def _read_json(text: str, objects: list[tuple], asked: Asked) -> tuple[dict | None, list[str]]:
+    """Return (analysis, mends) from the last analysis among a text's objects: bare, fenced, or after a heading; None
+    without one. AnalysisError when those that are meant as one hold none."""
     failure: AnalysisError | None = None
-    for value, mends, start, end in reversed(candidates):
+    for value, mends, start, end in reversed(objects):
+        if not looks_like_analysis(value):
+            continue
         try:
             analysis, more = canonical(value, asked.extra_keys)
         except AnalysisError as error:
@@ -313,7 +314,7 @@ def _read_json(text: str, asked: Asked, echoed: bool, thought: bool) -> tuple[di
         return analysis, [*around, *mends, *more]
     if failure:
         raise failure
-    raise _diagnosis(text, echoed, thought)
+    return None, []
 
 
 def _signature(analysis: dict) -> tuple:
@@ -368,23 +369,19 @@ def _without_thoughts(text: str) -> tuple[str, bool]:
         at = opening.end()
         closing = _THOUGHT_ENDS[opening[1].lower()].search(text, at)
         if closing is None:
-            if not is_html_analysis(text[at:]) and not _has_analysis_object(text[at:]):
+            rest = text[at:]
+            if not is_html_analysis(rest) and not any(looks_like_analysis(value) for value, *_ in find_objects(rest)):
                 at = len(text)
             return "".join([*parts, text[at:]]), True
         at = closing.end()
     return ("".join([*parts, text[at:]]), True) if at else (text, False)
 
 
-def _sharper(error: AnalysisError, text: str, thought: bool) -> AnalysisError:
-    return _diagnosis(text, False, thought) if error.reason == "no_cards" else error
-
-
-def _diagnosis(text: str, echoed: bool, thought: bool) -> AnalysisError:
+def _diagnosis(text: str, found: list[tuple], echoed: bool, thought: bool) -> AnalysisError:
     """Say what a text is that holds no analysis object."""
     plain = " ".join(html.unescape(re.sub(r"<[^<>]{0,500}>", " ", text)).split())
     quote = plain[:80]
-    objects = [value for value, *_ in find_objects(text)]
-    brace = text.find("{")
+    objects = [value for value, *_ in found]
     meant = re.search(r'\{\s*"', text) is not None
     if meant and not objects or re.search(r'\{\s*"(?:image_description|dim\w*|overall_\w+)"', text):
         start = re.search(r'\{\s*"', text).start()
@@ -409,7 +406,7 @@ def _diagnosis(text: str, echoed: bool, thought: bool) -> AnalysisError:
         return AnalysisError("prompt_echo", quote or "the prompt and nothing after it")
     if thought:
         return AnalysisError("reasoning_only", quote or "nothing after the reasoning")
-    if brace >= 0 and meant:
+    if meant:
         return AnalysisError("invalid_json", quote)
     if re.search(r"<t[rdh]\b|^[ \t]*\|[^|\n]+\|", text, re.I | re.M) and not re.search(r"\d\s?/\s?10\b|\|\s*\d", text):
         return AnalysisError("no_scores", f"a table without scores: {quote}")

@@ -7,6 +7,7 @@ Hostile texts end soon: at most `_MAX_TRIES` braces are tried that lead to no so
 are read again for them, and what is nested deeper than `MAX_DEPTH` is no value.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from typing import Any
 
 MAX_DEPTH = 40  # levels; an analysis has four
 _MAX_TRIES = 1_000
-_MAX_SCANNED = 2_000_000
+_MAX_SCANNED = 1_000_000
 # possessive: a string that never ends must not be tried again from each of its characters
-_BRACES = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|[{}]', re.S)
-_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[^"]+', re.S)
+_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+'
+_BRACES = re.compile(rf'{_STRING}(?:"|\Z)|\\.|[{{}}]', re.S)  # outside strings, \" opens none: JSON inside JSON
+_STRINGS = re.compile(rf'{_STRING}"?|[^"]+', re.S)
 
 
 def is_number(value: Any) -> bool:
@@ -91,35 +93,41 @@ def without_trailing_commas(text: str) -> str:
     return "".join(part if part.startswith('"') else re.sub(r",(?=\s*[}\]])", "", part) for part in parts)
 
 
-def balanced_end(text: str, start: int) -> int | None:
-    """Return the position after the brace that closes the one at ``start``; None when the text ends before."""
-    depth = 0
-    for token in _BRACES.finditer(text, start):
-        if token[0] == "{":
-            depth += 1
-        elif token[0] == "}":
-            depth -= 1
-            if depth == 0:
-                return token.end()
-    return None
+def balanced_end(text: str, start: int, known: dict[int, int | None] | None = None) -> int | None:
+    """Return the position after the brace that closes the one at ``start``; None when the text ends before.
+
+    ``known`` keeps what was found for all braces on the way, so that asking for each of them takes one reading.
+    """
+    known = {} if known is None else known
+    if start not in known:
+        opened: list[int] = []
+        for token in _BRACES.finditer(text, start):
+            if token[0] == "{":
+                opened.append(token.start())
+            elif token[0] == "}":
+                known[opened.pop()] = token.end()
+                if not opened:
+                    break
+        known |= dict.fromkeys(opened)
+    return known[start]
 
 
 def find_objects(text: str) -> Iterator[tuple[dict, list[str], int, int]]:
     """Yield (object, mends, start, end) for each JSON object that stands in a text, outermost ones first to last."""
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+    ends: dict[int, int | None] = {}
     at, tries, scanned = text.find("{"), 0, 0
     while at >= 0 and tries < _MAX_TRIES and scanned < _MAX_SCANNED:
         mends: list[str] = []
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
-            end = balanced_end(text, at)
-            tries += 1
-            scanned += (end or len(text)) - at
-            try:
-                value, mends = parse_json(text[at:end]) if end else (None, [])
-            except ValueError:
-                value = None
+            scanned += 0 if at in ends else len(text) - at
+            value, end, tries = None, balanced_end(text, at, ends), tries + 1
+            if end:
+                scanned += end - at
+                with contextlib.suppress(ValueError):
+                    value, mends = parse_json(text[at:end])
         if isinstance(value, dict) and not is_too_deep(value):
             yield value, mends, at, end
             at = text.find("{", end)

@@ -94,6 +94,8 @@ def _text(connection: sqlite3.Connection, query: str, key: str) -> str | None:
         row = connection.execute(query, (key,)).fetchone()
     except sqlite3.OperationalError:  # an older database without the table or the column
         return None
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # some messages of a damaged database are no UTF-8
+        raise LoraError(f"its prompts cannot be read ({error}); copy or repair the database") from error
     # read as bytes: some versions stored a BLOB, and one damaged character must not end the run
     return row[0].decode("utf-8", "replace") if row and row[0] else None
 
@@ -156,18 +158,19 @@ def read_specification(prompt: str, dimensions: str | None = None) -> PromptSpec
 
 
 def _examples(prompt: str) -> Iterator[_Example]:
-    at, tries = prompt.find("{"), 0
+    at, tries, ends = prompt.find("{"), 0, {}
     while at >= 0 and tries < _MAX_TRIES:
-        end, tries = balanced_end(prompt, at), tries + 1
+        end, tries = balanced_end(prompt, at, ends), tries + 1
+        shows = end and any(f'"{key}"' in prompt[at:end] for key in SPELLINGS["dimensions"])
         try:
-            value = json.loads(without_trailing_commas(_tidied(prompt[at:end])), strict=False) if end else None
+            value = json.loads(without_trailing_commas(_tidied(prompt[at:end])), strict=False) if shows else None
         except (ValueError, RecursionError):
             value = None
         dimensions = next((value[k] for k in SPELLINGS["dimensions"] if k in value), None) if value else None
         if isinstance(dimensions, dict):
             entries = [{"name": name, **item} for name, item in dimensions.items() if isinstance(item, dict)]
         else:
-            entries = [item for item in dimensions or [] if isinstance(item, dict)]
+            entries = [item for item in dimensions if isinstance(item, dict)] if isinstance(dimensions, list) else []
             entries = [{**item, "name": name} for item in entries if (name := _name_of(item))]
         if dimensions is not None:
             whole = not _ELIDED.search(re.sub(r'"(?:[^"\\]|\\.)*+"', "", prompt[at:end]))
@@ -296,6 +299,8 @@ def _lists(text: str) -> Iterator[list[str]]:
 
 def _comma_lists(sentence: str) -> Iterator[list[str]]:
     pieces = re.split(r"[,;]", sentence)
+    if len(pieces) < 2:
+        return
     if squeezed(re.split(r"[.:)\]]", pieces[-1])[0]) not in STANDARD:
         pieces[-1:] = re.split(r"\band\b", pieces[-1], maxsplit=1)
     run: list[str] = []
