@@ -95,7 +95,7 @@ AUTO = "auto"
     type=click.FloatRange(0),
     help="time for more timed runs, while they may decide a gate",
 )
-@click.option("--fresh", is_flag=True, help="generate anew what an earlier run with the same settings has logged")
+@click.option("--fresh", is_flag=True, help="generate again what an earlier run with the same settings has logged")
 @click.option(
     "--from_outputs",
     type=click.Path(path_type=Path),
@@ -172,14 +172,14 @@ def collect(source: Source, items: list[Item], evaluation: Evaluation) -> list[d
 
 
 def collect_arm(source: Source, items: list[Item], samples: int, log: OutputLog, bar: tqdm) -> list[dict]:
-    """Return the rows of one arm; what its log lacks is generated and logged."""
+    """Return the rows of one arm; what is not in its log is generated and logged."""
     by_index = {item.index: item for item in items}
-    lacking = [item for item in items if not log.has("loss", item)]
-    for row in source.losses(log.arm, lacking):
+    missing = [item for item in items if not log.has("loss", item)]
+    for row in source.losses(log.arm, missing):
         log.add(row, by_index[row["example"]])
-    lacking = [item for item in items if not all(log.has("output", item, sample) for sample in range(samples))]
-    bar.update((len(items) - len(lacking)) * samples)
-    for row in source.outputs(log.arm, lacking, samples):
+    missing = [item for item in items if not all(log.has("output", item, sample) for sample in range(samples))]
+    bar.update((len(items) - len(missing)) * samples)
+    for row in source.outputs(log.arm, missing, samples):
         log.add(row, by_index[row["example"]])
         bar.update()
     found = [log.get("loss", item) for item in items]
@@ -225,8 +225,8 @@ def tell(comparison: dict, evaluation: Evaluation) -> None:
         command = command_line("python", *words, "--version", f"v{number}", "--report", report_path)
         next_step(f"May ship. Report: {page}", command, target="promote")
     elif verdict["promotable"]:
-        lacks = "a run of the model" if advisor else "a folder named qwen3-vl-4b-lora-ADVISOR"
-        click.echo(f"May ship; promotion needs {lacks}. Report: {page}")
+        needed = "a run of the model" if advisor else "a folder named qwen3-vl-4b-lora-ADVISOR"
+        click.echo(f"May ship; promotion needs {needed}. Report: {page}")
     else:
         click.echo(f"Must not ship. Report, with the photographs that lost most: {page}")
 

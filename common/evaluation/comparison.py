@@ -52,7 +52,7 @@ class Verdict:
 
 
 def judged(report: dict) -> dict:
-    """Return a copy of a report with each raw output judged anew: "verdict" and "measures" beside "text"."""
+    """Return a copy of a report with each raw output judged again: "verdict" and "measures" beside "text"."""
     report = copy.deepcopy(report)
     specifications = {
         name: PromptSpecification.from_dict(prompt["specification"]) for name, prompt in report["prompts"].items()

@@ -252,7 +252,7 @@ def _verdict(gate: Gate, summary: Summary, decided: dict[str, dict]) -> dict:
 
 
 def _decides(gate: Gate, figure: Figure, noun: str) -> str:
-    """Return what would settle an undecided gate: how many photographs, if what they show goes on."""
+    """Return what would settle an undecided gate: how many photographs, if the rest are like these."""
     worst, best = (figure.lower, figure.upper) if gate.rising else (figure.upper, figure.lower)
     if worst is None:
         return "nothing: this figure has no interval"

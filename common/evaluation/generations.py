@@ -34,7 +34,7 @@ class Item:
 
     index: int
     example: Example
-    sha256: list[str]  # of the photographs' bytes, computed anew
+    sha256: list[str]  # of the photographs' bytes, computed by this program
     specification: PromptSpecification
     key: str = field(init=False)  # names photograph, prompt and reference by content
 
@@ -148,7 +148,7 @@ class OutputLog:
             try:
                 found.append(json.loads(line))
             except ValueError:
-                break  # what follows a damaged line was written by nobody who knew of it
+                break  # rows after a damaged line cannot be trusted
         return found
 
     def has(self, kind: str, item: Item, sample: int = 0) -> bool:

@@ -160,7 +160,7 @@ def pairs(arms: list[str]) -> list[tuple[str, str]]:
 
 
 def identical_outputs(examples: list[dict], ours: str, theirs: str) -> tuple[int, int]:
-    """Return (photographs for which two arms gave the very same outputs, photographs that both have)."""
+    """Return (photographs for which two arms gave the same outputs, photographs that both have)."""
     both = [
         [output["text"] for output in example["outputs"][ours]]
         == [output["text"] for output in example["outputs"][theirs]]

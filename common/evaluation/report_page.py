@@ -42,7 +42,7 @@ class Cell:
     arm: str
     score: str = ""
     off: str = ""  # distance from the reference, with its sign
-    texts: list = field(default_factory=list)  # Markup, with what the reference lacks marked
+    texts: list = field(default_factory=list)  # Markup, with words that the reference does not have marked
     missing: bool = False
 
 
@@ -267,7 +267,7 @@ def _text_row(title: str, analyses: dict[str, dict], key: str) -> tuple[str, lis
 
 
 def _marked(arm: str, text: object, reference: object):
-    """Return a text, escaped, with the words that the reference lacks marked; unmarked where the two have little in
+    """Return a text, escaped, with the words that are not in the reference marked; unmarked where the two have little in
     common."""
     from markupsafe import Markup, escape
 

@@ -28,7 +28,7 @@ FAILURES = {
     "same_advice": "Same advice: two dimensions have the same comment or recommendation",
 }
 FINISHES = ("stop", "length", "loop")
-OVERALL = "overall_score"  # stands beside the dimensions' names where scores are kept by name
+OVERALL = "overall_score"  # the key of the overall score, beside the names of the dimensions
 SAME_ADVICE = 0.8  # similarity of two dimensions' texts from which they count as the same
 
 _SCORE = re.compile(r'"(?:score|grade|rating|overall_score|overall_grade)"\s*:\s*"?(\d+(?:\.\d+)?)')
