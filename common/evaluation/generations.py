@@ -27,6 +27,8 @@ from common.schemas import OUTPUTS, fault
 from integration.lora_patch.json_text import is_number
 from integration.lora_patch.specification import PromptSpecification
 
+ARMS = ("base", "candidate", "deployed", "base+grammar", "candidate+grammar")
+
 
 @dataclass
 class Item:
@@ -78,7 +80,7 @@ class RecordedSource:
         problems = []
         for line, row in read_rows(path):
             kind = row.setdefault("kind", "output")
-            problem = fault(row, OUTPUTS[kind]) if kind in OUTPUTS else f"unknown kind {kind!r}"
+            problem = fault(row, OUTPUTS[kind]) if str(kind) in OUTPUTS else f"unknown kind {kind!r}"
             expected = row.get("expected_scores", {})
             if not isinstance(expected, dict) or not all(map(is_number, expected.values())):
                 problem = problem or "expected_scores is not an object of numbers"
@@ -93,9 +95,7 @@ class RecordedSource:
                 self.rows.setdefault((kind, row["arm"]), []).append(found)
         refuse(problems)
         present = {arm for kind, arm in self.rows if kind == "output"}
-        self.arms = [arm for arm in ("base", "candidate", "deployed") if arm in present] + sorted(
-            arm for arm in present if arm.endswith("+grammar")
-        )
+        self.arms = [arm for arm in ARMS if arm in present]
         if not {"base", "candidate"} <= present:
             raise UserError(
                 f"{path}: outputs of 'base' and of 'candidate' are needed, found {sorted(present) or 'none'}"
@@ -118,6 +118,11 @@ class RecordedSource:
 
     def release(self) -> None:
         pass
+
+
+def _is_logged(row: object) -> bool:
+    known = isinstance(row, dict) and str(row.get("kind")) in OUTPUTS and isinstance(row.get("key"), str)
+    return known and fault(row, OUTPUTS[row["kind"]]) is None
 
 
 class OutputLog:
@@ -146,9 +151,12 @@ class OutputLog:
         found = []
         for line in self.path.read_bytes().split(b"\n")[:-1]:
             try:
-                found.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
+                row = None
+            if found and not _is_logged(row):
                 break  # rows after a damaged line cannot be trusted
+            found.append(row)
         return found
 
     def has(self, kind: str, item: Item, sample: int = 0) -> bool:

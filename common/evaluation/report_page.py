@@ -267,7 +267,7 @@ def _text_row(title: str, analyses: dict[str, dict], key: str) -> tuple[str, lis
 
 
 def _marked(arm: str, text: object, reference: object):
-    """Return a text, escaped, with the words that are not in the reference marked; unmarked where the two have little in
+    """Return a text, escaped, with the words marked that are not in the reference; plain where the two have little in
     common."""
     from markupsafe import Markup, escape
 

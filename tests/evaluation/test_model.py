@@ -1,5 +1,6 @@
 """evaluate_lora.py on a tiny model: adapters whose right verdict is known, interruption, and what must be refused."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -193,6 +194,15 @@ def test_interrupted_evaluation_resumes_where_it_stopped(case, monkeypatch, tmp_
     asked.clear()
     evaluate(*arguments, "--output_report", out)
     assert {number for _, number in asked} == {0}
+
+
+@pytest.mark.parametrize("damage", ["nonsense", "5", '{"kind": "output", "key": "k"}', '{"kind": [], "key": "k"}'])
+def test_rows_of_the_log_after_a_damaged_one_are_made_again(tmp_path, damage):
+    log = OutputLog(tmp_path, "base", {"max_tokens": 1})
+    row = {"kind": "loss", "arm": "base", "example": 0, "key": "k", "sum": 1.0, "tokens": 2}
+    with open(log.path, "a") as file:
+        file.write("\n".join([json.dumps(row), damage, json.dumps(row | {"key": "l"})]) + "\n")
+    assert list(OutputLog(tmp_path, "base", {"max_tokens": 1}).rows) == [("loss", "k", 0)]
 
 
 def test_log_of_other_settings_is_not_used(tmp_path):

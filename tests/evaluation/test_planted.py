@@ -372,7 +372,7 @@ def test_recorded_outputs_with_mistakes_are_named_by_line(case):
         {"kind": "output", "arm": "base", "example": 0, "text": 5, "finish": "stop"},
         {"kind": "output", "arm": "base", "example": 0, "text": "x", "finish": "end"},
         {"kind": "loss", "arm": "base", "example": 0, "sum": "low", "tokens": 4},
-        {"kind": "odd"},
+        {"kind": ["odd"]},
         {"kind": "timing", "arm": "base"},
         {"kind": "output", "arm": "base", "example": 0, "text": "x", "finish": "stop", "expected_scores": {"a": "b"}},
     ]
