@@ -1,4 +1,4 @@
-"""Compare an adapter with its base, and with the adapter in use, on held-out photographs; say whether it may ship.
+"""Compare an adapter with its base, and with the adapter in use, on held-out photographs; say whether to promote it.
 
     python evaluate_lora.py --lora_path ./models/qwen3-vl-4b-lora-ansel
     python evaluate_lora.py --lora_path ... --max_examples 4                     # a quick look
@@ -223,12 +223,12 @@ def tell(comparison: dict, evaluation: Evaluation) -> None:
     if verdict["promotable"] and advisor and not evaluation.options.from_outputs:
         words = ["-m", "common.release.versions", "promote", "--advisor", advisor, "--work", folder.parent.parent]
         command = command_line("python", *words, "--version", f"v{number}", "--report", report_path)
-        next_step(f"May ship. Report: {page}", command, target="promote")
+        next_step(f"Ready to promote. Report: {page}", command, target="promote")
     elif verdict["promotable"]:
         needed = "a run of the model" if advisor else "a folder named qwen3-vl-4b-lora-ADVISOR"
-        click.echo(f"May ship; promotion needs {needed}. Report: {page}")
+        click.echo(f"Good enough; promotion needs {needed}. Report: {page}")
     else:
-        click.echo(f"Must not ship. Report, with the photographs that lost most: {page}")
+        click.echo(f"Do not promote. Report, with the photographs that lost most: {page}")
 
 
 if __name__ == "__main__":

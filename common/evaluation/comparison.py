@@ -118,19 +118,18 @@ def headline(summary: Summary, blocking: list[dict]) -> str:
     """Return one sentence that joins what the adapter changes with what keeps it from promotion."""
     base, candidate = (summary.arms[arm] for arm in ("base", "candidate"))
     parts = []
-    for name, words in (
-        ("format.strict", "answers are in the prompt's format {} instead of {}"),
-        ("scores.mae", "scores are {} off instead of {}"),
-        ("loss.nats", "the loss is {} instead of {}"),
+    for name, words, digits in (
+        ("format.strict", "answers are in the prompt's format {}", "{:.0%}"),
+        ("scores.mae", "scores are {} points off", "{:.1f}"),
+        ("loss.nats", "the loss is {}", "{:.2f}"),
     ):
         values = [figures.get(name, Figure(None, 0)).value for figures in (candidate, base)]
         if None not in values:
-            digits = {"loss.nats": "{:.2f}", "scores.mae": "{:.1f} points"}.get(name, "{:.0%}")
             ours, theirs = (digits.format(value) for value in values)
-            parts.append(words.format(ours, theirs.removesuffix(" points")))
+            parts.append(words.format(ours) + (", as the base" if ours == theirs else f" instead of {theirs}"))
         if len(parts) == 2:
             break
-    changes = " and ".join(parts) if parts else "nothing could be measured"
+    changes = ", and ".join(parts) if parts else "nothing could be measured"
     changes = changes[0].upper() + changes[1:]
     if not blocking:
         return f"{changes}; no gate stands against it."

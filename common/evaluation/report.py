@@ -59,18 +59,19 @@ def card_section(report: dict) -> str:
     """Return the model card's evaluation section, Markdown."""
     arms = [arm for arm in report["arms"] if not arm.endswith(GRAMMAR)]
     figures = ("format.strict", "loss.nats", "overall.mae", "scores.mae", "text.comments", "speed.seconds")
+    verdict, summary = report["verdict"], report["summary"]
+    word = "Ready to promote" if verdict["promotable"] else "Do not promote"
     lines = [
-        f"Evaluated {report['created_at'][:10]} on {report['summary']['photographs']} held-out photographs "
-        f"(`{report['data']['sha256'][:16]}`): "
-        + f"**{'may ship' if report['verdict']['promotable'] else 'must not ship'}.** {report['verdict']['headline']}",
+        f"Evaluated {report['created_at'][:10]} on {summary['photographs']} held-out photographs "
+        f"(`{report['data']['sha256'][:16]}`): **{word}.** {verdict['headline']}",
         "",
-        *[f"- {row['sentence']}" for row in report["verdict"]["comparisons"]],
+        *[f"- {row['sentence']}" for row in verdict["comparisons"]],
         "",
         "| | " + " | ".join(NAMES[arm] for arm in arms) + " |",
         "| --- |" + " --- |" * len(arms),
     ]
     for name in figures:
-        values = [format_value(name, report["summary"]["arms"][arm].get(name, {}).get("value")) for arm in arms]
+        values = [format_value(name, summary["arms"][arm].get(name, {}).get("value")) for arm in arms]
         lines.append(f"| {kind(name).label} | " + " | ".join(values) + " |")
     lines += ["", "| gate | bound | verdict |", "| --- | --- | --- |"]
     lines += [f"| {row['title']} | {bound_text(row)} | {row['verdict']} ({row['reason']}) |" for row in report["gates"]]

@@ -59,7 +59,7 @@ def test_sabotaged_adapter_fails(case):
     assert result.exit_code == 4
     assert "fail          Validation loss not worse than the base's" in result.stdout
     assert "What would help:\n  Validation loss not worse than the base's: a lower learning rate" in result.stdout
-    assert "Must not ship" in result.stdout
+    assert "Do not promote" in result.stdout
     assert report["verdict"]["comparisons"][0]["finding"] == "worse"
 
 

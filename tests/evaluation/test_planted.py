@@ -134,7 +134,7 @@ def test_gates_and_exit_code(report):
     assert (verdict["promotable"], verdict["word"], verdict["exit_code"]) == (True, "likely", 0)
     assert verdict["comparisons"][0]["finding"] == "better"
     assert verdict["headline"] == (
-        "Answers are in the prompt's format 95% instead of 70% and scores are 1.0 points off instead of 2.0; "
+        "Answers are in the prompt's format 95% instead of 70%, and scores are 1.0 points off instead of 2.0; "
         "no gate stands against it."
     )
     assert verdict["decides"] == [
@@ -168,7 +168,7 @@ def test_exit_code_follows_the_worst_gate(case, gate, arguments, code, word):
     result, content = evaluated(case, "coded", planted(case[2]), "--gates", path, *arguments)
     verdict = content["verdict"]
     assert (result.exit_code, verdict["word"], verdict["promotable"]) == (code, word, code == 0), result.output
-    assert ("May ship" in result.stdout) == (code == 0)
+    assert ("Good enough; promotion needs a run of the model" in result.stdout) == (code == 0)
     assert ("blocked by" in verdict["headline"]) == (code != 0)
 
 
@@ -346,7 +346,15 @@ def test_page_is_self_contained_and_escapes_model_output(report):
 def test_page_says_the_verdict_first_then_what_changed_most(report):
     text = re.sub(r"<style>.*?</style>", "", report[2], flags=re.S)
     headings = re.findall(r"<h[12]>(.*?)</h[12]>", text)
-    assert headings == ["May ship", "Gained most", "Lost most", "Gates", "Figures", "Photographs", "How this was made"]
+    assert headings == [
+        "Ready to promote",
+        "Gained most",
+        "Lost most",
+        "Gates",
+        "Figures",
+        "Photographs",
+        "How this was made",
+    ]
     assert text.index(report[1]["verdict"]["headline"].replace("'", "&#39;")) < text.index("Gained most")
     for row in report[1]["gates"]:
         assert (row["title"].replace("'", "&#39;") in text) == (row["verdict"] != "off")
