@@ -129,7 +129,7 @@ _SEEN = {  # what says which photograph and job a row is of
 MANIFEST = {
     **_SEEN,
     "advisor": Column("name", "id of the advisor"),
-    "image_thumb": Column("base64", "grey thumbnail, for near-duplicates"),
+    "image_thumb": Column("base64", "thumbnail, for near-duplicates"),
     "analysis": Column("analysis", "canonical analysis: KEYS and DIMENSION_KEYS, and what else its prompt asks for"),
     "image_exists": Column("flag", "always true: a photograph that is not there is no row", needed=False),
     "image_size": Column("count", "bytes of the photograph", needed=False),

@@ -31,17 +31,16 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from common.data.near_duplicates import THUMB_BYTES, perceptual_hash, thumb_of
+from common.data.near_duplicates import THUMB_LOAD, is_thumb, perceptual_hash, thumb_of
 from common.errors import UserError
 from integration.lora_patch.photo import PhotoError, load_photo
 
 MAX_BYTES = 512_000_000  # of a photograph's file
 MAX_PIXELS = 100_000_000  # of a format that cannot be decoded in part; `load_photo` bounds JPEG
 _UUID_PREFIX = re.compile(r"^(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|[0-9a-fA-F]{32})_(?=.)")
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _CHUNK = 8  # photographs that a worker is given at a time
 MIN_SIDE = 16  # pixels; what is smaller is a placeholder, no photograph
-_THUMB_LOAD = 256  # pixels of the long side at which a photograph is decoded for its hash
 
 
 # ------------------------------------------------------------------------------------------------ finding files
@@ -194,7 +193,7 @@ class Photo:
     @property
     def phash(self) -> str:
         """The perceptual hash in hex."""
-        return f"{perceptual_hash(self.thumb):016x}" if len(self.thumb) == THUMB_BYTES else ""
+        return f"{perceptual_hash(self.thumb):016x}" if is_thumb(self.thumb) else ""
 
 
 def describe(path: str) -> Photo:
@@ -215,7 +214,7 @@ def describe(path: str) -> Photo:
             return Photo(**known, problem="image_bomb", detail=f"{form} of {width} x {height} pixels")
         if min(width, height) < MIN_SIDE:
             return Photo(**known, problem="image_tiny", detail=f"{width} x {height} pixels")
-        picture = load_photo(io.BytesIO(data), _THUMB_LOAD)
+        picture = load_photo(io.BytesIO(data), THUMB_LOAD)
     except (OSError, ValueError, SyntaxError, MemoryError, OverflowError, Image.DecompressionBombError) as error:
         is_bomb = isinstance(error, Image.DecompressionBombError) or "bomb" in str(error)
         detail = _nature(data) if not is_bomb else " ".join(str(error).split(": ", 1)[-1].split())

@@ -35,15 +35,15 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Options:
-    """How to prepare. ``val_split`` is a share of the photographs, ``duplicate_distance`` in bits of 64,
-    ``max_seq_length`` in tokens, ``max_image_size`` in pixels of the long side."""
+    """How to prepare. ``val_split`` is a share of the photographs, ``max_seq_length`` in tokens, ``max_image_size`` in
+    pixels of the long side."""
 
     row_format: str  # "triplet" or "messages"
     levels: dict[str, str]  # {gate: level}
     keep: str  # "newest" or "all"
     val_split: float
     seed: int
-    duplicate_distance: int
+    duplicate_distance: int  # see `near_pairs`
     resplit: bool
     base_model: str
     max_seq_length: int
@@ -138,15 +138,15 @@ def _earlier_settings(meta: Path, options: Options) -> tuple[int, float]:
 
 def choose(judged: Judged, record: Record, options: Options) -> Choice:
     """Group the photographs, judge the analyses among each other, and choose the examples."""
-    candidates, radius = judged.candidates, options.duplicate_distance
+    candidates, distance = judged.candidates, options.duplicate_distance
     thumbs = {**record.thumbs, **judged.thumbs}
-    groups = group_photos(thumbs, radius)
+    groups = group_photos(thumbs, distance)
     for candidate, found in zip(candidates, judged.crowd.verdicts(_group_of(candidates, groups)), strict=True):
         candidate.verdicts |= found
     # by content: the order of the manifest's rows changes nothing
     candidates = sorted(candidates, key=lambda c: (c.made, c.sha256, c.job_id))
     apply_gates(candidates, options.levels)
-    groups, left_out = settle(groups, record.sides, lambda a, b: are_near(thumbs[a], thumbs[b], radius))
+    groups, left_out = settle(groups, record.sides, lambda a, b: are_near(thumbs[a], thumbs[b], distance))
     for candidate in candidates:
         if candidate.sha256 in left_out and not candidate.reason:
             candidate.reason = left_out[candidate.sha256]

@@ -1,15 +1,18 @@
-"""Near-duplicates: copies of a picture found in whatever form, other pictures left alone, in less than n squared."""
+"""Near-duplicates: copies of a picture found in whatever form, other pictures left alone, in bearable time."""
 
 import io
+import random
 import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from common.data.near_duplicates import THUMB_BYTES, group_photos, near_pairs, perceptual_hash, thumb_of
+from common.data.near_duplicates import SIDE, group_photos, is_thumb, near_pairs, perceptual_hash, thumb_of
 from integration.lora_patch.photo import load_photo
 from tests.mondrian_case import picture
+
+COUNT = 40
 
 
 def thumb(image: Image.Image, **options) -> bytes:
@@ -17,6 +20,33 @@ def thumb(image: Image.Image, **options) -> bytes:
     image.save(buffer, "JPEG", **options)
     buffer.seek(0)
     return thumb_of(load_photo(buffer, 256))
+
+
+def photo(seed: int) -> Image.Image:
+    """A picture with the spectrum of photographs, a bright sky and soft color; another seed, another picture."""
+    rng = np.random.default_rng(seed)
+    width, height = (360, 270) if seed % 3 else (240, 320)
+    across, down = np.fft.fftfreq(width), np.fft.fftfreq(height)[:, None]
+    strength = 1 / np.maximum(np.hypot(across, down), 1 / 400) ** 1.3
+    noise = np.fft.ifft2(np.fft.fft2(rng.standard_normal((3, height, width))) * strength).real
+    light, *tints = noise / noise.std(axis=(1, 2), keepdims=True)
+    light = 120 + 40 * light + rng.uniform(-40, 40) * np.linspace(-1, 1, height)[:, None]
+    channels = [light + 12 * tints[0], light, light - 12 * tints[1]]
+    return Image.fromarray(np.clip(np.stack(channels, axis=2), 0, 255).astype(np.uint8))
+
+
+def bordered(image: Image.Image, share: float, color=(255, 255, 255)) -> Image.Image:
+    width = round(share * max(image.size))
+    result = Image.new("RGB", (image.width + 2 * width, image.height + 2 * width), color)
+    result.paste(image, (width, width))
+    return result
+
+
+def cropped(image: Image.Image, left: float = 0, top: float = 0, right: float = 0, bottom: float = 0) -> Image.Image:
+    width, height = image.size
+    return image.crop(
+        (round(left * width), round(top * height), round(width * (1 - right)), round(height * (1 - bottom)))
+    )
 
 
 def lying(image: Image.Image) -> dict:
@@ -27,25 +57,84 @@ def lying(image: Image.Image) -> dict:
 
 COPIES = {
     "low quality": lambda image: thumb(image, quality=15),
-    "half": lambda image: thumb(image.resize((80, 60))),
-    "a tenth": lambda image: thumb(image.resize((16, 12))),
-    "larger": lambda image: thumb(image.resize((640, 480), Image.Resampling.NEAREST)),
+    "half": lambda image: thumb(image.resize((image.width // 2, image.height // 2))),
+    "larger": lambda image: thumb(image.resize((900, 700), Image.Resampling.NEAREST)),
     "black and white": lambda image: thumb(image.convert("L")),
     "brighter": lambda image: thumb(image.point(lambda value: min(255, int(value * 1.1)))),
     "lying, as EXIF says": lambda image: thumb(**lying(image)),
     "turned": lambda image: thumb(image.transpose(Image.Transpose.ROTATE_180)),
+    "mirrored": lambda image: thumb(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+    "white border": lambda image: thumb(bordered(image, 0.05)),
+    "wide border": lambda image: thumb(bordered(image, 0.15)),
+    "black border": lambda image: thumb(bordered(image, 0.05, (0, 0, 0))),
+}
+CHANGED = {
+    "5 % cut off": lambda image: thumb(cropped(image, left=0.05)),
+    "10 % cut off": lambda image: thumb(cropped(image, bottom=0.1)),
+    "10 % cut off at two sides": lambda image: thumb(cropped(image, left=0.1, top=0.1)),
+    "5 % cut off around": lambda image: thumb(cropped(image, 0.05, 0.05, 0.05, 0.05)),
+    "tilted by 2 degrees": lambda image: thumb(image.rotate(2, Image.Resampling.BICUBIC)),
+    "tilted by 3 degrees": lambda image: thumb(
+        cropped(image.rotate(-3, Image.Resampling.BICUBIC), 0.03, 0.03, 0.03, 0.03)
+    ),
+    "mirrored and cut": lambda image: thumb(cropped(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), right=0.05)),
 }
 
 
+@pytest.fixture(scope="module")
+def originals() -> dict[str, bytes]:
+    return {f"{seed:02d}": thumb(photo(seed)) for seed in range(COUNT)}
+
+
+def grouped(originals: dict[str, bytes], change) -> int:
+    """Return how many of the pictures are grouped with their copy; no group may hold two pictures."""
+    copies = {f"{seed:02d}-copy": change(photo(seed)) for seed in range(COUNT)}
+    groups = group_photos({**originals, **copies})
+    assert all(len({name[:2] for name in group}) == 1 for group in groups)
+    return 2 * COUNT - len(groups)
+
+
 @pytest.mark.parametrize("how", COPIES)
-def test_copies_are_found(how):
-    originals = {f"{seed:02d}": thumb(picture(seed)) for seed in range(30)}
-    copies = {f"{seed:02d}-copy": COPIES[how](picture(seed)) for seed in range(30)}
-    assert group_photos({**originals, **copies}) == [[f"{seed:02d}", f"{seed:02d}-copy"] for seed in range(30)]
+def test_copies_are_found(originals, how):
+    assert grouped(originals, COPIES[how]) == COUNT
 
 
-def test_other_pictures_are_not():
-    assert len(group_photos({str(seed): thumb(picture(seed)) for seed in range(300)})) == 300
+@pytest.mark.parametrize("how", CHANGED)
+def test_nine_of_ten_cut_and_tilted_copies_are_found(originals, how):
+    assert grouped(originals, CHANGED[how]) >= 0.9 * COUNT
+
+
+def page(seed: int) -> Image.Image:
+    """A page of text; another seed, another text."""
+    rng = random.Random(seed)
+    image = Image.new("RGB", (425, 550), (252, 251, 248))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(10)
+    for y in range(40, 510, 14):
+        words = ("".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(16))
+        draw.text((45, y), " ".join(words)[: rng.choice((70, 70, 70, 30))], fill=(20, 20, 20), font=font)
+    return image
+
+
+ALIKE = {
+    "soft": picture,
+    "dark": lambda seed: photo(seed).point(lambda value: int(value * 0.04 + 0.5)),
+    "foggy": lambda seed: photo(seed).resize((60, 60)).resize((400, 300)).point(lambda value: int(190 + value * 0.12)),
+    "pages of text": page,
+    "bordered": lambda seed: bordered(photo(seed), 0.1),
+    "tilted on white": lambda seed: photo(seed).rotate(3, expand=True, fillcolor=(255, 255, 255)),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_other_pictures_are_not(kind):
+    assert len(group_photos({str(seed): thumb(ALIKE[kind](seed)) for seed in range(COUNT)})) == COUNT
+
+
+def test_copies_of_dark_and_foggy_pictures_are_found():
+    for kind in ("dark", "foggy", "pages of text"):
+        pictures = [ALIKE[kind](seed) for seed in range(20)]
+        copies = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in pictures]
+        assert len(group_photos({str(i): thumb(image, quality=95) for i, image in enumerate(pictures + copies)})) <= 22
 
 
 def test_pictures_without_structure_go_by_color():
@@ -55,35 +144,47 @@ def test_pictures_without_structure_go_by_color():
 
 
 def test_groups_are_transitive_and_do_not_depend_on_order():
-    steps = [Image.blend(picture(1), picture(2), share) for share in (0.0, 0.12, 0.24, 0.36)]
+    steps = [Image.blend(photo(1), photo(2), share) for share in (0.0, 0.35, 0.65, 1.0)]
     thumbs = {str(i): thumb(step, quality=95) for i, step in enumerate(steps)}
     assert not near_pairs([thumbs["0"], thumbs["3"]])
     assert group_photos(thumbs) == group_photos(dict(reversed(thumbs.items()))) == [["0", "1", "2", "3"]]
 
 
-def test_distance_zero_joins_identical_pictures_alone():
-    image = picture(1)
-    thumbs = {"a": thumb(image), "b": thumb(image), "c": thumb(image, quality=30)}
-    assert group_photos(thumbs, 0) == [["a", "b"], ["c"]]
+def test_the_distance_says_how_much_detail_must_agree():
+    image = photo(1)
+    other = Image.blend(image, photo(2), 0.4)
+    thumbs = {"a": thumb(image), "b": thumb(image), "c": thumb(image, quality=60), "d": thumb(other)}
+    assert group_photos(thumbs, 0) == [["a", "b"], ["c"], ["d"]]
+    assert group_photos(thumbs, 2) == [["a", "b", "c"], ["d"]]
+    assert group_photos(thumbs, 16) == [["a", "b", "c", "d"]]
 
 
-def test_time_grows_with_the_number_of_pictures_not_its_square():
+def frames(luma: np.ndarray) -> list[bytes]:
+    """Return thumbnails of brightness float [n, 64, 64]."""
+    head = np.array([120, 50, 128, 128], "<f4").tobytes()
+    return [head + np.clip(frame, 0, 255).astype(np.uint8).tobytes() for frame in luma]
+
+
+def test_a_thousand_different_pictures():
     rng = np.random.default_rng(0)
-    strangers = rng.integers(0, 256, (10_000, THUMB_BYTES), dtype=np.uint8)
+    frequency = np.maximum(np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.fftfreq(SIDE)), 1 / SIDE)
+    noise = np.fft.ifft2(np.fft.fft2(rng.standard_normal((1000, SIDE, SIDE))) / frequency**1.3).real
+    strangers = frames(128 + 32 * noise / noise.std(axis=(1, 2), keepdims=True))
+    assert all(map(is_thumb, strangers))
     start = time.process_time()
-    assert near_pairs([row.tobytes() for row in strangers]) == []
-    assert time.process_time() - start < 20  # all pairs would be 50 million comparisons
+    assert near_pairs(strangers) == []
+    assert time.process_time() - start < 30
 
 
-def test_thousands_of_copies_of_one_picture():
-    rng = np.random.default_rng(0)
-    noise = rng.integers(-2, 3, (3000, THUMB_BYTES))
-    copies = np.clip(np.frombuffer(thumb(picture(1)), np.uint8) + noise, 0, 255).astype(np.uint8)
+def test_hundreds_of_copies_of_one_picture():
+    base = np.frombuffer(thumb(photo(1)), np.uint8)[-SIDE * SIDE :].reshape(SIDE, SIDE).astype(float)
+    copies = frames(base + np.random.default_rng(0).integers(-2, 3, (600, SIDE, SIDE)))
     start = time.process_time()
-    assert len(group_photos({f"{i:04d}": row.tobytes() for i, row in enumerate(copies)})) == 1
-    assert time.process_time() - start < 20
-    assert len(near_pairs([copies[0].tobytes()] * 20_000)) == 19_999
+    assert len(group_photos({f"{i:04d}": data for i, data in enumerate(copies)})) == 1
+    assert time.process_time() - start < 30
+    assert len(near_pairs([copies[0]] * 20_000)) == 19_999
 
 
 def test_the_hash_is_stable():
-    assert perceptual_hash(bytes(range(256)) + bytes(32)) == perceptual_hash(bytes(range(256)) + bytes([9] * 32))
+    hashes = [perceptual_hash(thumb(image)) for image in (photo(3), photo(3).resize((180, 140)), photo(4))]
+    assert (hashes[0] ^ hashes[1]).bit_count() <= 6 < 16 <= (hashes[0] ^ hashes[2]).bit_count()
