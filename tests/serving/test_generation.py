@@ -1,17 +1,24 @@
 """Batched generation on a tiny Qwen3-VL: the same tokens as one by one, and as mlx-vlm's own generation."""
 
+import gc
+import io
 import json
 import random
+import re
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 from common.analysis import DIMENSIONS7, check_strict
-from integration.lora_patch import vlm
+from integration.lora_patch import language_model, vlm
 from integration.lora_patch.adapters import as_uniform, read_adapter
-from integration.lora_patch.generation import Decoding, Grammar, Request, _Cache, answer_schema, prompt_row
-from integration.lora_patch.sources import adapter_in
+from integration.lora_patch.engine import Engine, Request, Sampling, prompt_row, supports
+from integration.lora_patch.grammar import Grammar, answer_schema
+from integration.lora_patch.language_model import Cache
+from integration.lora_patch.sources import Source, adapter_in
 from tests.evaluation_case import make_adapter, make_data
 from tests.sample import scenes
 
@@ -28,11 +35,27 @@ def stirred(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tiny_base, stirred):
-    """The base with that adapter on."""
-    base = vlm.load_base(tiny_base)
+    return vlm.load_base(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def adapter(base, stirred):
     tensors, rank, scale = as_uniform(read_adapter(adapter_in(stirred)).layers)
-    vlm.use_adapter(base, vlm.build_adapter(base, tensors, rank, scale * rank))
-    return base
+    return vlm.build_adapter(base, tensors, rank, scale * rank)
+
+
+@pytest.fixture(scope="module")
+def engine(base):
+    return Engine(base)
+
+
+def mlx_vlms(base, adapter, prompt: str, photo) -> list[int]:
+    """Return what mlx-vlm's own generation answers."""
+    vlm.use_adapter(base, adapter)
+    try:
+        return list(vlm.stream(base, prompt, [photo], TOKENS))
+    finally:
+        vlm.use_adapter(base, None)
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +74,24 @@ def requests(base, photos):
 
 
 @pytest.fixture(scope="module")
-def one_by_one(base, requests):
-    return tokens(Decoding(base), requests, 1)
+def one_by_one(engine, adapter, requests):
+    return tokens(engine, requests, 1, adapter=adapter, drafting=False)
 
 
-def tokens(decoding: Decoding, requests: list[Request], batch_size: int, **options) -> dict:
-    answers = decoding.generate(requests, batch_size, options.pop("max_tokens", TOKENS), **options)
+def tokens(engine: Engine, requests: list[Request], batch_size: int, max_tokens: int = TOKENS, **options) -> dict:
+    answers = engine.generate(requests, batch_size, max_tokens, **options)
     return {(answer.key, answer.sample): answer.tokens for answer in answers}
 
 
-def test_batch_of_eight_gives_the_same_greedy_tokens(base, requests, one_by_one):
+def test_batch_of_eight_gives_the_same_greedy_tokens(engine, adapter, requests, one_by_one):
     # ten prompts of ten lengths: rows join the running batch late, and leave it one by one
-    assert tokens(Decoding(base), requests, 8) == one_by_one
+    assert tokens(engine, requests, 8, adapter=adapter) == one_by_one
     assert len({tuple(found) for found in one_by_one.values()}) == len(requests)
 
 
-def test_greedy_tokens_are_mlx_vlms_own(base, photos, one_by_one):
+def test_greedy_tokens_are_mlx_vlms_own(base, adapter, photos, one_by_one):
     for at in (0, 4, 9):
-        assert list(vlm.stream(base, PROMPTS[at], [photos[at]], TOKENS)) == one_by_one[str(at), 0]
+        assert mlx_vlms(base, adapter, PROMPTS[at], photos[at]) == one_by_one[str(at), 0]
 
 
 def test_prompt_row_is_the_prompt_alone(base, photos):
@@ -79,45 +102,85 @@ def test_prompt_row_is_the_prompt_alone(base, photos):
     assert not with_answer.completion_mask.any()
 
 
-def test_adapter_is_switched_over_one_base(base, photos, requests, one_by_one):
-    adapter = vlm.adapter_of(base.model)
-    vlm.use_adapter(base, None)
-    try:
-        plain = tokens(Decoding(base), requests[:4], 4)
-        assert list(vlm.stream(base, PROMPTS[2], [photos[2]], TOKENS))[: len(plain["2", 0])] == plain["2", 0]
-    finally:
-        vlm.use_adapter(base, adapter)
+def test_adapters_are_switched_call_by_call_over_one_base(engine, base, adapter, photos, requests, one_by_one):
+    plain = tokens(engine, requests[:4], 4)
+    assert mlx_vlms(base, None, PROMPTS[2], photos[2])[: len(plain["2", 0])] == plain["2", 0]
     assert all(plain[key] != one_by_one[key] for key in plain)
-    assert tokens(Decoding(base), requests[:4], 4) == {key: one_by_one[key] for key in plain}
+    assert tokens(engine, requests[:4], 4, adapter=adapter) == {key: one_by_one[key] for key in plain}
 
 
-def test_quantized_base_gives_mlx_vlms_tokens(tiny_base, stirred, photos):
+def test_update_beside_the_matrices_gives_what_merged_copies_give(base, adapter, requests, one_by_one, monkeypatch):
+    apart = Engine(base)
+    monkeypatch.setattr(apart.model, "merges", lambda update: False)
+    assert tokens(apart, requests, 3, adapter=adapter) == one_by_one
+    assert (apart.way(adapter), apart.way(None), Engine(base).way(adapter)) == ("beside", "base", "merged")
+
+
+def test_copies_are_merged_only_where_memory_is_plentiful(engine, base, adapter, monkeypatch):
+    update = language_model.update_of(adapter)
+    size = sum(module.linear.weight.nbytes for module in adapter.modules.values())
+    for spare, merges in ((1, True), (-1, False)):
+        room = (mx.get_active_memory() + size + spare * 4096) / language_model.MERGED_SHARE
+        monkeypatch.setattr(language_model, "device_memory", lambda room=room: room)
+        assert engine.model.merges(update) is merges
+
+
+def test_layers_of_an_adapter_go_with_it(base, stirred):
+    engine, read = Engine(base), read_adapter(adapter_in(stirred))
+    assert engine.way(read) == "merged"
+    assert len(engine._ready) == 1
+    del read
+    gc.collect()
+    assert not engine._ready
+
+
+def test_every_form_in_which_the_service_reads_adapters(engine, stirred, adapter, requests, one_by_one):
+    read = read_adapter(adapter_in(stirred))
+    keys = [("0", 0), ("1", 0)]
+    assert tokens(engine, requests[:2], 2, adapter=read) == {key: one_by_one[key] for key in keys}
+    # half of it twice is the whole; some modules alone are another model
+    half = read_adapter(Source(((stirred, 0.5), (stirred, 0.5)), "both"))
+    assert tokens(engine, requests[:2], 2, adapter=half) == {key: one_by_one[key] for key in keys}
+    some = read_adapter(adapter_in(stirred))
+    some.layers = {name: pair for at, (name, pair) in enumerate(some.layers.items()) if at % 3}
+    beside = Engine(engine.base)
+    beside.model.merges = lambda update: False
+    found = tokens(engine, requests[:2], 2, adapter=some)
+    assert found == tokens(beside, requests[:2], 2, adapter=some)
+    assert found["0", 0] != one_by_one["0", 0]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_quantized_base_gives_mlx_vlms_tokens(tiny_base, stirred, photos, mixed):
     base = vlm.load_base(tiny_base)
-    nn.quantize(base.model.language_model, 64, 4)
+    kind = lambda path, module: hasattr(module, "to_quantized") and (not mixed or "v_proj" not in path)  # noqa: E731
+    nn.quantize(base.model.language_model, 64, 4, class_predicate=kind)
     tensors, rank, scale = as_uniform(read_adapter(adapter_in(stirred)).layers)
-    vlm.use_adapter(base, vlm.build_adapter(base, tensors, rank, scale * rank))
+    adapter = vlm.build_adapter(base, tensors, rank, scale * rank)
     rows = [
         vlm.prepare_row(base, vlm.encode(base, prompt, [photo]))
         for prompt, photo in zip(PROMPTS[:3], photos, strict=False)
     ]
-    found = tokens(Decoding(base), [Request(row, str(at)) for at, row in enumerate(rows)], 3)
+    engine = Engine(base)
+    assert engine.way(adapter) == "beside"
+    found = tokens(engine, [Request(row, str(at)) for at, row in enumerate(rows)], 3, adapter=adapter)
     for at in range(3):
-        assert list(vlm.stream(base, PROMPTS[at], [photos[at]], TOKENS))[: len(found[str(at), 0])] == found[str(at), 0]
+        assert mlx_vlms(base, adapter, PROMPTS[at], photos[at])[: len(found[str(at), 0])] == found[str(at), 0]
 
 
-def test_samples_depend_on_seed_and_row_alone(base, requests):
-    decoding, options = Decoding(base), {"temperature": 1.0, "max_tokens": 24}
+def test_samples_depend_on_seed_and_row_alone(engine, adapter, requests):
+    options = {"adapter": adapter, "max_tokens": 24}
     pairs = [Request(request.row, request.key, sample) for request in requests[:4] for sample in range(2)]
-    together = tokens(decoding, pairs, 8, seed=1, **options)
-    assert tokens(decoding, pairs[::-1], 3, seed=1, **options) == together
-    assert tokens(decoding, pairs, 8, seed=2, **options) != together
+    together = tokens(engine, pairs, 8, sampling=Sampling(1.0, 1), **options)
+    assert tokens(engine, pairs[::-1], 3, sampling=Sampling(1.0, 1), **options) == together
+    assert tokens(engine, pairs, 8, sampling=Sampling(1.0, 2), **options) != together
     assert len({tuple(found) for found in together.values()}) == len(pairs)
 
 
-def test_a_finished_row_costs_no_further_step(base, requests, one_by_one, monkeypatch):
-    decoding, widths, step = Decoding(base), [], Decoding._step
+def test_a_finished_row_costs_no_further_step(base, adapter, requests, one_by_one, monkeypatch):
+    engine, widths, step = Engine(base), [], Engine._step
     monkeypatch.setattr(
-        Decoding, "_step", lambda self, slots, *rest: widths.append(len(slots)) or step(self, slots, *rest)
+        Engine, "_step", lambda self, batch, slots, *rest: widths.append(len(slots)) or step(self, batch, slots, *rest)
     )
     # a token that one row alone generates within its first twelve is made an end of turn
     firsts = {key: one_by_one[key, 0][:12] for key in "012345"}
@@ -127,42 +190,97 @@ def test_a_finished_row_costs_no_further_step(base, requests, one_by_one, monkey
         for token in found
         if not any(token in other for name, other in firsts.items() if name != key)
     )
-    decoding.stop = decoding.stop | {end}
+    engine.stop = engine.stop | {end}
     at = firsts[key].index(end)
-    found = tokens(decoding, requests[:6], 6, max_tokens=12)
+    found = tokens(engine, requests[:6], 6, max_tokens=12, adapter=adapter)
     assert found[key, 0] == firsts[key][:at]
     # one step was under way when the end was read; from then on five rows
     assert widths == [6] * (at + 1) + [5] * (11 - at)
 
 
-def test_endless_repetition_ends_as_a_loop(base, requests):
-    adapter = vlm.adapter_of(base.model)
-    vlm.use_adapter(base, None)  # random weights repeat themselves
-    answers = list(Decoding(base).generate(requests[:2], 2, 400))
-    vlm.use_adapter(base, adapter)
+def test_endless_repetition_ends_as_a_loop(engine, requests):
+    answers = list(engine.generate(requests[:2], 2, 400))  # random weights repeat themselves
     assert {answer.finish for answer in answers} == {"loop"}
     assert all(len(answer.tokens) < 400 for answer in answers)
 
 
-def test_token_limit_ends_as_length(base, requests):
-    answers = list(Decoding(base).generate(requests[:3], 2, 7))
+def test_token_limit_ends_as_length(engine, adapter, requests):
+    answers = list(engine.generate(requests[:3], 2, 7, adapter=adapter))
     assert [(answer.finish, len(answer.tokens)) for answer in answers] == [("length", 7)] * 3
 
 
-def test_stream_gives_the_same_tokens(base, requests, one_by_one):
-    assert list(Decoding(base).stream(requests[1], TOKENS)) == one_by_one["1", 0]
+def test_stream_gives_the_same_tokens(engine, adapter, requests, one_by_one):
+    for drafting in (False, True):
+        assert list(engine.stream(requests[1], TOKENS, adapter, drafting)) == one_by_one["1", 0]
 
 
-def test_grammar_makes_even_random_weights_comply(base, requests):
+def test_grammar_makes_even_random_weights_comply(engine, adapter, base, requests):
     grammar = Grammar(base, answer_schema(DIMENSIONS7))
     bound = [Request(request.row, request.key, 0, grammar) for request in requests[:3]]
-    decoding = Decoding(base)
-    answers = list(decoding.generate(bound, 3, 1200, temperature=1.0, seed=4))
-    finished = [decoding.text(answer.tokens) for answer in answers if answer.finish == "stop"]
+    answers = list(engine.generate(bound, 3, 1200, Sampling(1.0, 4), adapter))
+    finished = [engine.text(answer.tokens) for answer in answers if answer.finish == "stop"]
     assert finished
     assert [check_strict(text, DIMENSIONS7) for text in finished] == [[]] * len(finished)
     # what did not end in time is still the beginning of an object
-    assert all(decoding.text(answer.tokens).startswith('{"image_description":"') for answer in answers)
+    assert all(engine.text(answer.tokens).startswith('{"image_description":"') for answer in answers)
+
+
+def test_watched_log_probabilities_are_those_of_a_forward_pass(engine, adapter, base, requests, one_by_one):
+    watched = (5, 17, 300)
+    request = Request(requests[1].row, "1", watched=watched)
+    ids = np.concatenate([request.row.input_ids, one_by_one["1", 0][:20]]).astype(np.int32)
+    prompt = request.row
+    whole = vlm.Row(ids, None, None, prompt.visual, prompt.features, prompt.deepstack)
+    after = request.row.position_ids.max() + 1 + np.arange(20)
+    whole.position_ids = np.concatenate([request.row.position_ids, np.tile(after, (3, 1))], axis=1).astype(np.int32)
+    layers = engine._layers(adapter)[0]
+    length = len(request.row.input_ids)
+    for drafting in (False, True):
+        (answer,) = engine.generate([request], 1, 20, adapter=adapter, drafting=drafting)
+        assert answer.watched.shape == (20, 3)
+        for at in (0, 7, 19):
+            part = vlm.Row(
+                ids[: length + at], None, whole.position_ids[:, : length + at], whole.visual, whole.features,
+                whole.deepstack,
+            )  # fmt: skip
+            logits = engine.model.logits(engine.model.prefill(layers, part)[0])[0]
+            wanted = (logits - mx.logsumexp(logits))[mx.array(watched)]
+            assert np.allclose(answer.watched[at], np.array(wanted), atol=2e-4)
+
+
+def test_what_the_engine_cannot_serve_is_told_in_a_line(base):
+    assert supports(base.model) is None
+    other = SimpleNamespace(config=SimpleNamespace(model_type="llava"))
+    assert supports(other) == "the model's type is llava, not qwen3_vl"
+    moved = SimpleNamespace(config=SimpleNamespace(model_type="qwen3_vl"))
+    assert "keeps its parts elsewhere" in supports(moved)
+
+
+@pytest.mark.parametrize(("bits", "merged", "added"), [(0, True, 0), (0, False, 8), (4, True, 8)])
+def test_adapter_adds_few_primitives_to_a_step(tiny_base, stirred, photos, bits, merged, added):
+    base = vlm.load_base(tiny_base)
+    if bits:
+        nn.quantize(base.model.language_model, 64, bits)
+    engine, read = Engine(base), read_adapter(adapter_in(stirred))
+    if not merged:
+        engine.model.merges = lambda update: False
+    row = vlm.prepare_row(base, vlm.encode(base, PROMPTS[0], [photos[0]]))
+    counts = [step_primitives(engine, adapter, row) for adapter in (None, read)]
+    layers = len(engine.model.shapes)
+    assert counts[1] - counts[0] == added * layers
+    # norms, rotation and attention, single operations on an accelerator, count a hundred here: the CPU spells them out
+    assert counts[0] <= 135 * layers + 80
+
+
+def step_primitives(engine: Engine, adapter, row: vlm.Row) -> int:
+    """Return how many operations MLX is given for one step of one token."""
+    batch = engine._batch(adapter, 1)
+    batch.admit(row)
+    mx.eval(batch.cache.keys, batch.cache.values)
+    best, _ = batch.step(mx.array([5]), False)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, best)
+    return len(re.findall("label =", graph.getvalue()))
 
 
 def test_schema_lists_the_dimensions_in_order():
@@ -173,7 +291,7 @@ def test_schema_lists_the_dimensions_in_order():
 
 
 def test_cache_keeps_rows_aligned_when_others_come_and_go():
-    cache = _Cache(1)
+    cache = Cache(1)
     row = lambda length, value: [mx.full((1, 1, length, 2), value)]  # noqa: E731
     cache.add(row(3, 1.0), row(3, 1.0))
     cache.add(row(5, 2.0), row(5, 2.0))

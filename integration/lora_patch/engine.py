@@ -1,0 +1,324 @@
+"""The generation engine: answers of one base and any number of adapters, fast and exact, for evaluation and service.
+
+    engine = Engine(base)
+    for token in engine.stream(Request(row, "photograph"), 1024, adapter): ...
+    for answer in engine.generate(requests, batch_size=8, max_tokens=1024, adapter=adapter): ...
+
+mlx-vlm's own generation runs the vision tower anew in every call and pads the prompts of a batch to one length; here a
+prompt is prefilled on its own from features computed once (`vlm.prepare_row`), and rows join and leave the running
+batch one by one: a finished row costs no further step, and its place goes to the next prompt. Each row's tokens depend
+on the row alone, up to the rounding of a product of several rows (the same in float32 as far as a greedy choice can
+tell; in bfloat16 two tokens whose logits lie within rounding may swap). Drafting (drafting.py) verifies several guessed
+tokens in one pass; what comes out is what greedy decoding gives without it.
+"""
+
+import collections
+import hashlib
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from .drafting import Drafter, Pace
+from .grammar import Grammar, Matcher
+from .language_model import Batch, LanguageModel, update_of
+from .repetition import repeated_tail
+from .vlm import Base, Row, stop_tokens
+
+LOOP_CHECK = 32  # tokens between two looks for a repetition loop
+
+
+@dataclass
+class Request:
+    """One answer wanted: a prompt row (`prompt_row`), which sample of it, and the grammar it must keep to, if any."""
+
+    row: Row
+    key: str  # names the photograph and prompt: handed back with the answer, and part of a sample's seed
+    sample: int = 0
+    grammar: Grammar | None = None
+    watched: tuple[int, ...] = ()  # token ids whose log-probabilities are wanted along the answer
+    schema: Grammar | None = None  # of the usual answer, for drafting alone: the answer is not bound to it
+
+
+@dataclass
+class Answer:
+    """What came: token ids without the end of turn, and why it ended ("stop", "length" or "loop")."""
+
+    key: str
+    sample: int
+    tokens: list[int]
+    finish: str
+    watched: np.ndarray | None = None  # float32 [len(tokens), ids]: log-probabilities where each token was chosen
+    passes: int = 0  # of the model, the prefill among them
+
+
+@dataclass
+class _Slot:
+    """One row of the running batch."""
+
+    request: Request
+    position: int  # of the newest token in M-RoPE's count, for the random stream of a sample
+    tokens: list[int] = field(default_factory=list)
+    matcher: Matcher | None = None
+    drafter: Drafter | None = None
+    seen: list[mx.array] = field(default_factory=list)  # log-probabilities of the watched ids, [n, ids] each
+    passes: int = 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: greedily at temperature 0, else each row from a random stream of its own."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def prompt_row(row: Row) -> Row:
+    """Return the prompt's part of a row that holds a response too; features are shared, not copied."""
+    length = int(np.argmax(row.completion_mask)) if row.completion_mask.any() else len(row)
+    return Row(
+        row.input_ids[:length],
+        row.completion_mask[:length] & False,
+        row.position_ids[:, :length],
+        row.visual,
+        row.features,
+        row.deepstack,
+    )
+
+
+def answer_text(base: Base, tokens: list[int]) -> str:
+    """Return the text of generated tokens; special tokens stay visible, since a reader of JSON trips over them."""
+    return base.processor.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def supports(model) -> str | None:
+    """Return why the engine cannot serve a model that mlx-vlm has loaded, in one line; None if it can."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind != "qwen3_vl":
+        return f"the model's type is {kind}, not qwen3_vl"
+    try:
+        text = model.language_model.args
+        scaling = text.rope_scaling or {}
+        model.language_model.get_rope_index, model.vision_tower.patch_embed.proj.weight  # noqa: B018
+        attention = model.layers[0].self_attn
+        attention.q_norm, attention.rotary_emb, attention.n_kv_heads  # noqa: B018
+    except (AttributeError, IndexError) as error:
+        return f"this mlx-vlm keeps its parts elsewhere: {error}"
+    if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "mrope"):
+        return f"its positions are scaled by {scaling.get('rope_type', scaling.get('type'))}"
+    return None
+
+
+class Engine:
+    """Generation over one base. One thread at a time: callers hold their lock for a whole call."""
+
+    def __init__(self, base: Base):
+        self.base = base
+        self.model = LanguageModel(base)
+        self.stop = stop_tokens(base)
+        self.pace = Pace()
+        self._ready: dict[int, tuple] = {}  # id of an adapter -> a weak reference to it, its layers, how they are held
+
+    def text(self, tokens: list[int]) -> str:
+        return answer_text(self.base, tokens)
+
+    def way(self, adapter) -> str:
+        """Return how an adapter's update is applied: "merged" copies of matrices, or "beside" the base's; "base"."""
+        return self._layers(adapter)[1]
+
+    def generate(
+        self,
+        requests: Iterable[Request],
+        batch_size: int,
+        max_tokens: int,
+        sampling: Sampling = Sampling(),
+        adapter=None,
+        drafting: bool = True,
+    ) -> Iterator[Answer]:
+        """Yield an `Answer` a request as each ends, not in their order.
+
+        A sample does not depend on what else is in the batch: its random stream is made of the seed, the row's
+        photograph and prompt, and the sample's number.
+        """
+        for slot, _, finish in self._decode(requests, batch_size, max_tokens, sampling, adapter, drafting):
+            if finish:
+                count = len(slot.tokens)
+                watched = np.concatenate([np.array(part) for part in slot.seen])[:count] if slot.seen else None
+                yield Answer(slot.request.key, slot.request.sample, slot.tokens, finish, watched, slot.passes)
+
+    def stream(self, request: Request, max_tokens: int, adapter=None, drafting: bool = True) -> Iterator[int]:
+        """Yield one request's greedy tokens as they are verified; the end of turn is not among them."""
+        for _, tokens, _ in self._decode([request], 1, max_tokens, Sampling(), adapter, drafting):
+            yield from tokens
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def _decode(self, requests, batch_size, max_tokens, sampling, adapter, drafting):
+        """Yield (row, its newest tokens, why it ends or None) as rows get on."""
+        pending, slots = collections.deque(requests), []
+        batch = self._batch(adapter, min(batch_size, max(1, len(pending))))
+        phrasebook = getattr(adapter, "phrasebook", None)
+        tokens = None  # the newest of each row, int32 [B], perhaps not computed yet
+        read_at = None
+        while pending or slots:
+            while pending and len(slots) < batch_size:
+                request = pending.popleft()
+                slot = _Slot(request, int(request.row.position_ids.max()) + 1)
+                slot.matcher = request.grammar.matcher() if request.grammar else None
+                if drafting and sampling.temperature <= 0:
+                    slot.drafter = Drafter(self.pace, phrasebook, request.schema, slot.matcher)
+                logits = batch.admit(request.row)
+                token = self._choose(mx.argmax(logits, axis=-1).astype(mx.int32), logits, [slot], sampling)
+                slots.append(slot)
+                tokens = token if tokens is None else mx.concatenate([tokens, token])
+                read_at = None
+            drafter = slots[0].drafter if batch.longest_draft(len(slots)) and len(slots) == 1 else None
+            following = None
+            if not any(slot.matcher for slot in slots) and not (drafter and not drafter.resting):
+                # launched before the tokens are read, so that the accelerator never waits for Python
+                following = self._step(batch, slots, tokens, sampling)
+                mx.async_eval(following)
+            kept = []
+            for at, (slot, token) in enumerate(zip(slots, tokens.tolist(), strict=True)):
+                finish = self._take(slot, token, max_tokens)
+                yield slot, [] if finish == "stop" else [token], finish
+                if not finish:
+                    kept.append(at)
+                    if slot.drafter:
+                        slot.drafter.learn([token], slot.tokens)
+            now = time.perf_counter()
+            if following is not None and drafter:
+                drafter.stepped(now - read_at if read_at else None)
+            read_at = now if following is not None else None
+            if following is None and kept:
+                slots, tokens = _keep(kept, slots, tokens, batch)
+                if drafter and not drafter.resting:
+                    following, finish, gained = self._drafted(batch, slots[0], max_tokens)
+                    yield slots[0], gained, finish
+                    kept = [] if finish else [0]
+                else:
+                    # under a grammar the next mask depends on this token, so finished rows are dropped first
+                    following, kept = self._step(batch, slots, tokens, sampling), list(range(len(slots)))
+            slots, tokens = _keep(kept, slots, following, batch)
+
+    def _step(self, batch, slots: list[_Slot], tokens: mx.array, sampling: Sampling) -> mx.array:
+        """Run the newest token of every row; return the next ones, int32 [B], not yet computed."""
+        wanted = sampling.temperature > 0 or any(slot.matcher or slot.request.watched for slot in slots)
+        best, logits = batch.step(tokens, wanted)
+        for slot in slots:
+            slot.position += 1
+            slot.passes += 1
+        return self._choose(best, logits, slots, sampling)
+
+    def _drafted(self, batch, slot: _Slot, max_tokens: int) -> tuple[mx.array | None, str | None, list[int]]:
+        """Verify a guess of what follows the row's newest token; return the token after it (for the loop to take), or
+        why the row ends, and the tokens that held."""
+        drafter, matcher = slot.drafter, slot.matcher
+        longest = min(batch.longest_draft(1) - 1, max_tokens - len(slot.tokens) - 1)
+        draft = drafter.propose(slot.tokens, longest)
+        masks = []
+        if matcher:
+            for at, token in enumerate([*draft, None]):
+                masks.append(matcher.allowed(self.vocabulary))
+                if token is None or not masks[-1][token]:
+                    draft = draft[:at]
+                    break
+                matcher.consume(token)
+            matcher.back(len(draft))
+        drafter.start()
+        best, logits = batch.verify([[slot.tokens[-1], *draft]], bool(masks or slot.request.watched))
+        if masks:
+            best = mx.argmax(mx.where(mx.array(np.stack(masks)), logits[0], -mx.inf), axis=-1)[None]
+        found = best[0].tolist()
+        held = next((at for at, token in enumerate(draft) if token != found[at]), len(draft))
+        if held < len(draft):
+            batch.take_back([len(draft) - held])
+        slot.passes += 1
+        slot.position += held + 1
+        if slot.request.watched:
+            slot.seen.append(_log_probabilities(logits[0, : held + 1], slot.request.watched))
+        gained, finish = [], None
+        for token in draft[:held]:
+            finish = self._take(slot, token, max_tokens)
+            if finish != "stop":
+                gained.append(token)
+            if finish:
+                break
+        drafter.taken(len(draft) + 1, held, gained, slot.tokens)
+        return (None if finish else mx.array([found[held]], mx.int32)), finish, gained
+
+    def _take(self, slot: _Slot, token: int, max_tokens: int) -> str | None:
+        """Add a token to a row; return why the row ends, None while it goes on."""
+        if token in self.stop:
+            return "stop"
+        slot.tokens.append(token)
+        if slot.matcher:
+            slot.matcher.consume(token)
+        if len(slot.tokens) >= max_tokens:
+            return "loop" if repeated_tail(slot.tokens) else "length"
+        if len(slot.tokens) % LOOP_CHECK == 0 and repeated_tail(slot.tokens):
+            return "loop"
+        return None
+
+    def _choose(self, best: mx.array, logits: mx.array, slots: list[_Slot], sampling: Sampling) -> mx.array:
+        """Return the next token of each row, int32 [B]; ``best``: the greedy ones, of logits [B, V]."""
+        if any(slot.matcher for slot in slots):
+            width = logits.shape[-1]
+            free = np.ones(width, bool)
+            allowed = np.stack([slot.matcher.allowed(width) if slot.matcher else free for slot in slots])
+            logits = mx.where(mx.array(allowed), logits, mx.array(-mx.inf, logits.dtype))
+            best = mx.argmax(logits, axis=-1).astype(mx.int32)
+        for at, slot in enumerate(slots):
+            if slot.request.watched:
+                slot.seen.append(_log_probabilities(logits[at : at + 1], slot.request.watched))
+        if sampling.temperature <= 0:
+            return best
+        keys = [mx.random.key(_stream_seed(slot, sampling.seed)) for slot in slots]
+        noise = [mx.random.gumbel(logits.shape[-1:], key=key) for key in keys]
+        # Gumbel's trick: argmax of logits / T + noise is a draw from softmax(logits / T)
+        return mx.argmax(logits.astype(mx.float32) / sampling.temperature + mx.stack(noise), axis=-1).astype(mx.int32)
+
+    # -- the model and its adapters -----------------------------------------------------------------------------------
+
+    @property
+    def vocabulary(self) -> int:
+        return self.base.model.language_model.args.vocab_size
+
+    def _batch(self, adapter, rows: int) -> Batch:
+        return Batch(self.model, self._layers(adapter)[0])
+
+    def _layers(self, adapter) -> tuple[list[dict], str]:
+        if adapter is None:
+            return self.model.plain, "base"
+        held = self._ready.get(id(adapter))
+        if held is None or held[0]() is not adapter:
+            update = update_of(adapter)
+            merged = self.model.merges(update)
+            key = id(adapter)
+            forget = weakref.ref(adapter, lambda _: self._ready.pop(key, None))
+            held = forget, self.model.layers(update, merged), "merged" if merged else "beside"
+            self._ready[id(adapter)] = held
+        return held[1], held[2]
+
+
+def _log_probabilities(logits: mx.array, ids: tuple[int, ...]) -> mx.array:
+    """Return [n, ids] of logits [n, V]."""
+    logits = logits.astype(mx.float32)
+    found = logits[:, mx.array(ids)] - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.async_eval(found)  # so that the logits need not be kept
+    return found
+
+
+def _keep(kept: list[int], slots: list[_Slot], tokens: mx.array | None, batch) -> tuple[list[_Slot], mx.array | None]:
+    if len(kept) == len(slots):
+        return slots, tokens
+    batch.keep(kept)
+    return [slots[at] for at in kept], tokens[mx.array(kept)] if kept else None
+
+
+def _stream_seed(slot: _Slot, seed: int) -> int:
+    name = f"{seed} {slot.request.key} {slot.request.sample} {slot.position}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])

@@ -1,0 +1,102 @@
+"""An adapter's phrasebook: the tokens of its own training responses, from which likely continuations are drafted.
+
+    digest = write_phrasebook(folder / PHRASEBOOK, token_lists)      # at export
+    adapter.phrasebook = read_phrasebook(folder / PHRASEBOOK)        # where the adapter is loaded; None without one
+
+One safetensors file: int32 "tokens" [N], the responses one after another, each with its end of turn, and int32 "ends"
+[responses]. 500 responses of 770 tokens take 1.5 MB. It holds text of the training responses, and no validation ones.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import LoraError, one_line
+
+PHRASEBOOK = "phrasebook.safetensors"
+LARGEST = 1 << 20  # tokens; what goes beyond is left out, the newest responses being kept
+ORDERS = (8, 4, 2)  # lengths of the contexts that are looked up, longest first
+
+
+class Continuations:
+    """What mostly follows the last n tokens in a body of text, for each n of `ORDERS`: looked up in microseconds."""
+
+    def __init__(self, lists: Iterable[Iterable[int]]):
+        parts = [np.asarray(list(tokens), dtype=np.int64) for tokens in lists]
+        self._tables = {order: _table(parts, order) for order in ORDERS}
+
+    def after(self, context: list[int]) -> tuple[int, float] | None:
+        """Return the likeliest next token and how often (0 to 1) it came, by the longest context that is known."""
+        for order in ORDERS:
+            keys, following, share = self._tables[order]
+            if len(context) < order or not len(keys):
+                continue
+            key = _hashes(np.asarray(context[-order:], dtype=np.int64), order)[0]
+            at = int(np.searchsorted(keys, key))
+            if at < len(keys) and keys[at] == key:
+                return int(following[at]), float(share[at])
+        return None
+
+
+def write_phrasebook(path: Path, token_lists: Iterable[Iterable[int]]) -> str:
+    """Write the token ids of the training responses; return the file's SHA-256."""
+    kept, size = [], 0
+    for tokens in reversed([np.asarray(list(tokens), dtype=np.int32) for tokens in token_lists]):
+        if size + len(tokens) > LARGEST:
+            break
+        kept.append(tokens)
+        size += len(tokens)
+    kept.reverse()
+    ends = np.cumsum([len(tokens) for tokens in kept]).astype(np.int32)
+    tokens = np.concatenate(kept) if kept else np.zeros(0, np.int32)
+    mx.save_safetensors(str(path), {"tokens": mx.array(tokens), "ends": mx.array(ends)})
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_phrasebook(path: Path) -> Continuations | None:
+    """Return a phrasebook, None where there is no such file; `LoraError` for one that is damaged."""
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        found = mx.load(str(path))
+        tokens, ends = np.array(found["tokens"]), np.array(found["ends"])
+        if tokens.ndim != 1 or ends.ndim != 1 or tokens.dtype != np.int32 or ends.dtype != np.int32:
+            raise ValueError("no lists of token ids")
+        if len(ends) and (ends[-1] != len(tokens) or (np.diff(ends, prepend=0) < 0).any()):
+            raise ValueError("the responses' ends do not fit the tokens")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise LoraError(f"{path}: no phrasebook: {one_line(error)}; export the adapter again, or remove it") from error
+    return Continuations(np.split(tokens, ends[:-1]) if len(ends) else [])
+
+
+def _hashes(tokens: np.ndarray, order: int) -> np.ndarray:
+    """Return a 64-bit hash of each run of ``order`` tokens (polynomial, odd multiplier; overflow is meant)."""
+    with np.errstate(over="ignore"):
+        found = np.zeros(max(0, len(tokens) - order + 1), dtype=np.uint64)
+        for at in range(order):
+            step = tokens[at : len(tokens) - order + 1 + at].astype(np.uint64)
+            found = (found ^ (step + np.uint64(0x9E3779B97F4A7C15))) * np.uint64(0xD6E8FEB86659FD93)
+            found ^= found >> np.uint64(32)
+    return found
+
+
+def _table(parts: list[np.ndarray], order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (hash of each context, ascending; its likeliest next token; that one's share)."""
+    contexts = [_hashes(part[:-1], order) for part in parts]
+    nexts = [part[order:] for part in parts if len(part) >= order]
+    if not nexts or not sum(map(len, contexts)):
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0)
+    keys, following = np.concatenate(contexts), np.concatenate(nexts)
+    turn = np.lexsort((following, keys))
+    keys, following = keys[turn], following[turn]
+    first = np.flatnonzero(np.r_[True, (keys[1:] != keys[:-1]) | (following[1:] != following[:-1])])
+    count = np.diff(np.r_[first, len(keys)])
+    keys, following = keys[first], following[first]
+    start = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+    total = np.add.reduceat(count, start)
+    best = np.lexsort((-count, keys))[start]  # within a key the most frequent comes first
+    return keys[start], following[best], count[best] / total
