@@ -1,6 +1,6 @@
 """The language of texts, told by py3langid, offline."""
 
-from common.analysis import texts_of
+from integration.lora_patch.analysis import texts_of
 
 MIN_BYTES = 40  # of UTF-8; shorter texts are too short to tell
 LANGUAGE = "en"

@@ -7,7 +7,6 @@ from pathlib import Path
 import mlx.core as mx
 from click.testing import CliRunner, Result
 
-from common.analysis import compact_json
 from common.dataset import triplet_row
 from common.files import sha256_file, write_json, write_jsonl
 from common.model.lora import attach_lora, lora_parameters
@@ -15,6 +14,7 @@ from common.model.step import collate, loss_and_grads
 from common.training.adapter_files import adapter_config, write_adapter
 from evaluate_lora import main
 from integration.lora_patch import vlm
+from integration.lora_patch.analysis import compact_json
 from integration.lora_patch.fingerprint import base_fingerprint
 from integration.lora_patch.photo import load_photo
 from tests.sample import scenes

@@ -10,7 +10,7 @@ from PIL import Image
 
 import link_training_data
 import prepare_training_data
-from common.analysis import DIMENSIONS7
+from integration.lora_patch.specification import DIMENSIONS7
 
 COLUMNS = (
     "id TEXT PRIMARY KEY, filename, advisor, status, analysis_file, analysis_markdown, llm_outputs, created_at, "

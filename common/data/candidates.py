@@ -11,13 +11,13 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.analysis import compact_json
 from common.data.database import shown, sortable_time
 from common.data.near_duplicates import is_thumb
 from common.data.quality import Crowd, Target, copied_scores, judge
 from common.errors import UserError
 from common.files import RowFile
 from common.schemas import MANIFEST
+from integration.lora_patch.analysis import compact_json
 from integration.lora_patch.names import is_advisor
 from integration.lora_patch.specification import DIMENSION_SPELLINGS, SPELLINGS
 

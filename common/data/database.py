@@ -19,9 +19,9 @@ from urllib.parse import quote
 
 import click
 
-from common.analysis import AnalysisError
 from common.data.sources import MAX_TEXT, as_text
 from common.errors import UserError
+from integration.lora_patch.analysis import AnalysisError
 from integration.lora_patch.errors import LoraError
 from integration.lora_patch.prompts import Prompts, read_prompts
 

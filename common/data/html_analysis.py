@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
-from common.analysis import KEYS, AnalysisError, number
-from integration.lora_patch.specification import canonical_name
+from integration.lora_patch.analysis import AnalysisError, number
+from integration.lora_patch.specification import KEYS, canonical_name
 
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _BLOCKS = {"p", "div", "li", "ul", "ol", "br", "tr", "td", "section", *HEADINGS}

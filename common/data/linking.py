@@ -18,11 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.analysis import AnalysisError
 from common.data.database import Database, open_database, shown
 from common.data.photos import MIN_SIDE, Locator, Photo, Place, describe, worker_pool
 from common.data.sources import REASONS as ANALYSIS_REASONS
 from common.data.sources import AnalysisFiles, Asked, Found, asked_by, find_analysis
+from integration.lora_patch.analysis import AnalysisError
 from integration.lora_patch.prompts import UnreadablePrompt, read_specification
 
 NOT_ASKED_FOR = {

@@ -17,9 +17,9 @@ from hashlib import blake2b
 
 import numpy as np
 
-from common.analysis import compact_json, texts_of
 from common.errors import UserError
 from common.language import foreign_text
+from integration.lora_patch.analysis import compact_json, texts_of
 from integration.lora_patch.repetition import repeated_phrase
 from integration.lora_patch.specification import PromptSpecification, mean_score
 

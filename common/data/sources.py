@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.analysis import AnalysisError, canonical, looks_like_analysis
 from common.data.html_analysis import html_to_analysis, is_html_analysis
+from integration.lora_patch.analysis import AnalysisError, canonical, looks_like_analysis
 from integration.lora_patch.json_text import balanced_end, find_objects, is_too_deep, parse_json, strings_in
 from integration.lora_patch.prompts import UnreadablePrompt, read_specification
 from integration.lora_patch.specification import DIMENSIONS7

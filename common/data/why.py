@@ -5,13 +5,13 @@ from pathlib import Path
 
 import click
 
-from common.analysis import AnalysisError
 from common.data.database import open_database, shown
 from common.data.linking import REASONS, Linker, jobs_of, plain
 from common.data.sources import Found, readings
 from common.errors import UserError
 from common.files import RowFile, is_file
 from common.tables import paragraph
+from integration.lora_patch.analysis import AnalysisError
 from integration.lora_patch.specification import PromptSpecification
 
 _RAW = 20_000  # characters of a raw text that are printed

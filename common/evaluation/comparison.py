@@ -8,13 +8,13 @@ import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.analysis import parse_lenient
 from common.errors import UserError
 from common.evaluation import metrics, scoring
 from common.evaluation.gates import BLOCKING, Gate, decide, failed, format_value
 from common.evaluation.intervals import Figure
 from common.evaluation.metrics import CONSTANT, Summary
 from common.files import read_json
+from integration.lora_patch.analysis import parse_lenient
 from integration.lora_patch.specification import PromptSpecification
 
 SCHEMA_VERSION = 2

@@ -7,8 +7,8 @@ import re
 
 import numpy as np
 
-from common.analysis import parse_lenient
 from common.language import foreign_text, is_latin
+from integration.lora_patch.analysis import parse_lenient
 from integration.lora_patch.json_text import is_number
 from integration.lora_patch.repetition import repeated_tail
 from integration.lora_patch.specification import PromptSpecification

@@ -6,7 +6,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from common.analysis import parse_lenient
 from common.dataset import load_examples, read_meta
 from common.errors import UserError, refuse
 from common.evaluation.generations import Item
@@ -15,6 +14,7 @@ from common.evaluation.scoring import reference_scores
 from common.files import find_input, read_json, sha256_file
 from common.records import ARGS, software_versions
 from integration.lora_patch import versions
+from integration.lora_patch.analysis import parse_lenient
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
 from integration.lora_patch.photo import MAX_IMAGE_SIZE, PhotoError, load_photo
 from integration.lora_patch.prompts import UnreadablePrompt, read_specification

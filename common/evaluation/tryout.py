@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.analysis import parse_lenient
 from common.cli import next_step
 from common.dataset import load_examples
 from common.errors import UserError
 from common.files import find_input, read_json
 from common.pages import embedded, write_page
 from common.records import ARGS
+from integration.lora_patch.analysis import parse_lenient
 from integration.lora_patch.photo import MAX_IMAGE_SIZE, PhotoError, load_photo
 from integration.lora_patch.prompts import UnreadablePrompt, read_specification
 from integration.lora_patch.specification import PromptSpecification

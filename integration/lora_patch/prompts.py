@@ -386,18 +386,3 @@ def _is_optional(name: str, text: str) -> bool:
         return False
     name, says = re.escape(name), r"\b(?:optional|omit\w*|(?<!not be )empty)\b"
     return bool(re.search(rf"{name}[^\n]{{0,200}}{says}|{says}[^\n]{{0,80}}{name}", text, re.I))
-
-
-def prompt_dimensions(prompt: str) -> list[str]:
-    try:
-        return list(read_specification(prompt).dimensions)
-    except UnreadablePrompt:
-        return []
-
-
-def prompt_example_scores(prompt: str) -> tuple[list[float], float | None]:
-    try:
-        specification = read_specification(prompt, "8")
-    except UnreadablePrompt:
-        return [], None
-    return list(specification.example_scores), specification.example_overall

@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.analysis import AnalysisError
 from common.data.html_analysis import html_to_analysis
+from integration.lora_patch.analysis import AnalysisError
 
 
 def card(name: str, score: object, comment: str, recommendation: str) -> str:

@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 import link_training_data
-from common.analysis import DIMENSIONS8
 from common.data.database import open_database
 from common.data.photos import Locator
+from integration.lora_patch.specification import DIMENSIONS8
 from tests.data.test_html_analysis import CARDS, card, page
 from tests.mondrian_case import HTML_PROMPT, SYSTEM_PROMPT, Tree, analysis
 

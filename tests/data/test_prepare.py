@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 import prepare_training_data
-from common.analysis import DIMENSIONS7, DIMENSIONS8
 from common.data import link_report
 from common.data.near_duplicates import group_photos, thumb_of
 from common.data.quality import GATES, word_salad
@@ -22,6 +21,7 @@ from common.files import sha256_file
 from integration.lora_patch.photo import load_photo
 from integration.lora_patch.prompts import DEFAULT_SYSTEM_PROMPT, read_specification
 from integration.lora_patch.repetition import repeated_phrase
+from integration.lora_patch.specification import DIMENSIONS7, DIMENSIONS8
 from tests.data.test_html_analysis import card, page
 from tests.mondrian_case import HTML_PROMPT, SYSTEM_PROMPT, Tree, analysis, picture
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.analysis import AnalysisError
 from common.data import database as database_module
 from common.data.sources import AnalysisFiles, asked_by, find_analysis
+from integration.lora_patch.analysis import AnalysisError
 from tests.data.test_html_analysis import CARDS, card, page
 from tests.mondrian_case import SYSTEM_PROMPT, Tree, analysis
 from tests.serving.test_prompts import SIX, example

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.analysis import DIMENSIONS7, compact_json
 from common.evaluation import intervals
 from common.evaluation import scoring as judge
 from common.evaluation.gates import DEFAULT_GATES, Gate, decide, failed, format_value, load_gates
 from common.evaluation.intervals import Figure
 from common.evaluation.metrics import Summary
+from integration.lora_patch.analysis import compact_json
 from integration.lora_patch.repetition import repeated_tail
-from integration.lora_patch.specification import PromptSpecification
+from integration.lora_patch.specification import DIMENSIONS7, PromptSpecification
 from tests.evaluation.coverage import coverage, what_can_be_shown
 
 NAN = float("nan")

@@ -9,12 +9,12 @@ from hashlib import sha256
 
 import pytest
 
-from common.analysis import compact_json
 from common.evaluation.comparison import recomputed
 from common.evaluation.gates import from_dicts
 from common.evaluation.metrics import KINDS
 from common.evaluation.scoring import score_spans
 from common.files import read_json, write_jsonl
+from integration.lora_patch.analysis import compact_json
 from tests.evaluation_case import evaluate, make_adapter, make_data, read_jsonl
 
 PHOTOS = 20

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import click
 
-from common.analysis import AnalysisError, parse_lenient
 from common.data.linking import prompt_of
 from common.data.sources import AnalysisFiles, asked_by, find_analysis
+from integration.lora_patch.analysis import AnalysisError, parse_lenient
 from integration.lora_patch.prompts import DEFAULT_SYSTEM_PROMPT, UnreadablePrompt, read_specification
 from tests.data.test_html_analysis import CARDS, page
 from tests.fuzz import damage

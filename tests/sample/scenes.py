@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-from common.analysis import DIMENSIONS7 as DIMENSIONS
+from integration.lora_patch.specification import DIMENSIONS7 as DIMENSIONS
 
 KINDS = ("mountain", "lake", "dunes", "forest", "canyon", "street", "still life", "boat")
 

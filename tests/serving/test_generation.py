@@ -12,13 +12,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from common.analysis import DIMENSIONS7, check_strict
 from integration.lora_patch import language_model, vlm
 from integration.lora_patch.adapters import as_uniform, read_adapter
 from integration.lora_patch.engine import Engine, Request, Sampling, prompt_row, supports
 from integration.lora_patch.grammar import Grammar, answer_schema
 from integration.lora_patch.language_model import Cache
 from integration.lora_patch.sources import Source, adapter_in
+from integration.lora_patch.specification import DIMENSIONS7, PromptSpecification
 from tests.evaluation_case import make_adapter, make_data
 from tests.sample import scenes
 
@@ -220,7 +220,7 @@ def test_grammar_makes_even_random_weights_comply(engine, adapter, base, request
     answers = list(engine.generate(bound, 3, 1200, Sampling(1.0, 4), adapter))
     finished = [engine.text(answer.tokens) for answer in answers if answer.finish == "stop"]
     assert finished
-    assert [check_strict(text, DIMENSIONS7) for text in finished] == [[]] * len(finished)
+    assert [PromptSpecification(DIMENSIONS7).check(text) for text in finished] == [[]] * len(finished)
     # what did not end in time is still the beginning of an object
     assert all(engine.text(answer.tokens).startswith('{"image_description":"') for answer in answers)
 

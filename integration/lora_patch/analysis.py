@@ -4,29 +4,23 @@
     analysis, mends = canonical(parsed_answer)
 
 The canonical keys, in order, are `KEYS`; a dimension's are `DIMENSION_KEYS`. Nothing is invented: a field that the
-source lacks stays absent. How a prompt wants it written is `integration.lora_patch.specification`'s.
+source lacks stays absent. How a prompt wants it written is `specification`'s.
 """
 
 import json
 import re
 from typing import Any
 
-from integration.lora_patch.json_text import find_objects, is_number, strings_in
-from integration.lora_patch.specification import (
+from .json_text import find_objects, is_number, strings_in
+from .specification import (
     DIMENSION_KEYS,
     DIMENSION_SPELLINGS,
-    DIMENSIONS7,
-    DIMENSIONS8,
     KEYS,
     SPELLINGS,
     STANDARD,
-    PromptSpecification,
     canonical_name,
-    mean_score,
     squeezed,
 )
-
-__all__ = ["DIMENSIONS7", "DIMENSIONS8", "DIMENSION_KEYS", "KEYS", "canonical_name", "mean_score"]
 
 _NUMBER = re.compile(r"\s*\(?\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*(?:/\s*10(?:\.0)?)?\s*\)?\s*")
 _MAX_NAME = 100  # characters of a dimension's name
@@ -204,12 +198,3 @@ def parse_lenient(text: str, extra: frozenset[str] = frozenset()) -> tuple[dict 
         around = ["text_around"] if (text[:start] + text[end:]).strip() else []
         best = analysis, [*around, *mends, *more]
     return best
-
-
-def check_strict(text: str, dimensions: tuple[str, ...] | list[str]) -> list[str]:
-    """Return what a prompt of the usual keys and these dimensions would find wrong with an answer."""
-    return PromptSpecification(tuple(dimensions)).check(text)
-
-
-def projected(analysis: dict, dimensions: tuple[str, ...] | list[str]) -> tuple[dict, bool]:
-    return PromptSpecification(tuple(dimensions)).project(analysis)

@@ -1,22 +1,12 @@
-"""The canonical analysis: every shape in, one shape out, nothing invented; the strict reader; objects in a text."""
+"""The canonical analysis: every shape in, one shape out, nothing invented; objects in a text."""
 
 import json
 
 import pytest
 
-from common.analysis import (
-    DIMENSIONS7,
-    DIMENSIONS8,
-    AnalysisError,
-    canonical,
-    canonical_name,
-    check_strict,
-    compact_json,
-    mean_score,
-    parse_lenient,
-    projected,
-)
+from integration.lora_patch.analysis import AnalysisError, canonical, parse_lenient
 from integration.lora_patch.json_text import find_objects
+from integration.lora_patch.specification import canonical_name
 from tests.mondrian_case import analysis
 
 
@@ -38,7 +28,6 @@ def test_names(written, name):
 
 def test_a_whole_analysis_stays_as_it_is():
     assert canonical(analysis(3)) == (analysis(3), [])
-    assert check_strict(compact_json(analysis(3)), DIMENSIONS7) == []
 
 
 def test_the_object_shape_becomes_the_list():
@@ -87,17 +76,6 @@ def test_what_is_no_analysis_says_why(value, reason):
     assert error.value.reason == reason
 
 
-def test_projection_recomputes_the_overall_score():
-    eight = [{"name": name, "score": score} for name, score in zip(DIMENSIONS8, (8, 7, 9, 8, 1, 9, 8, 8), strict=True)]
-    result, dropped = projected({"dimensions": eight[::-1], "overall_score": 8.1}, DIMENSIONS7)
-    assert dropped and [d["name"] for d in result["dimensions"]] == list(DIMENSIONS7)
-    assert result["overall_score"] == mean_score(result["dimensions"]) == 8.1  # 57 / 7
-    same, dropped = projected(analysis(1), DIMENSIONS7)
-    assert not dropped and same == analysis(1)
-    with pytest.raises(KeyError, match="Subject Isolation"):
-        projected(analysis(1), DIMENSIONS8)
-
-
 def test_objects_in_a_text():
     text = 'Say {"a": 1,} or {broken} or {"b": "}"} and {"c": {"d": [1, 2,]}}'
     assert [(value, mends) for value, mends, _, _ in find_objects(text)] == [
@@ -119,28 +97,3 @@ def test_lenient_reading_names_its_mends():
     result, mends = parse_lenient(text)
     assert result["dimensions"] == analysis(2)["dimensions"]
     assert mends == ["text_around", "trailing_comma", "raw_control_characters"]
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({"technical_notes": ""}, "technical_notes is not a text, or empty"),
-        ({"key_strengths": "one"}, "key_strengths is not a list of texts, or empty"),
-        ({"overall_score": 12}, "overall_score is not a number from 1 to 10"),
-        ({"mood": "calm"}, "mood is no key of an analysis"),
-        ({"dimensions": analysis(1)["dimensions"][::-1]}, "dimensions are not the 7 asked for, in their order"),
-        ({"dimensions": [{**d, "score": 7.5} for d in analysis(1)["dimensions"]]}, "Composition: the score is not"),
-        ({"dimensions": [{**d, "comment": " "} for d in analysis(1)["dimensions"]]}, "Composition: comment is not"),
-    ],
-)
-def test_strict_reading(change, problem):
-    found = check_strict(json.dumps(analysis(1, **change)), DIMENSIONS7)
-    assert found and found[0].startswith(problem)
-
-
-def test_strict_reading_wants_the_object_alone():
-    assert check_strict("```json\n" + compact_json(analysis(1)) + "\n```", DIMENSIONS7) != []
-    assert check_strict('{"overall_score": NaN}', DIMENSIONS7) == ["not a JSON object alone: NaN is no JSON number"]
-    lacking = analysis(1)
-    del lacking["image_description"]
-    assert check_strict(compact_json(lacking), DIMENSIONS7) == ["image_description is missing"]
