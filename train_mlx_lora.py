@@ -22,7 +22,7 @@ import click
 from common.cli import PhaseCommand, command_line, given_options, next_step, option_group, print_settings, write_config
 from common.model.lora import attach_lora
 from common.training.data import check_apart, read_data
-from common.training.distributed import Processes, join_processes
+from common.training.distributed import join_processes
 from common.training.export import deliver
 from common.training.leaving import leave
 from common.training.log import require_reporter
@@ -32,6 +32,7 @@ from common.training.plan import print_plan
 from common.training.run import Run, Setup
 from common.training.setup import check_resumable, device_errors, lay_out, open_folder, prepare_rows
 from common.training.signals import Stopped, StopRequest
+from common.training.watchdog import Watchdog
 from integration.lora_patch.fingerprint import base_fingerprint
 from integration.lora_patch.hub import DEFAULT_BASE
 from integration.lora_patch.photo import MAX_IMAGE_SIZE
@@ -87,15 +88,16 @@ def main(ctx: click.Context, **values) -> None:
     options = TrainingOptions(**values).found()
     require_reporter(options.report_to)
     processes = join_processes()
-    with StopRequest() as stop, device_errors(processes):
+    with StopRequest() as stop, Watchdog(processes) as watchdog, device_errors(watchdog):
         try:
-            train(ctx, options, processes, stop)
+            train(ctx, options, watchdog, stop)
         except Stopped as stopped:
             leave(stopped.signal, options, processes)
 
 
-def train(ctx: click.Context, options: TrainingOptions, processes: Processes, stop: StopRequest) -> None:
+def train(ctx: click.Context, options: TrainingOptions, watchdog: Watchdog, stop: StopRequest) -> None:
     """Set up a run, take its steps, deliver the adapter; ``stop`` ends it after a step, with a checkpoint."""
+    processes = watchdog.processes
     folder, checkpoint = open_folder(options, processes)
     state, differences = checkpoint[1] if checkpoint else None, []
     if state:
@@ -118,12 +120,13 @@ def train(ctx: click.Context, options: TrainingOptions, processes: Processes, st
     attach_lora(base, options.lora_r, options.lora_alpha, options.lora_dropout, seed=options.seed)
     if options.plan:
         return print_plan(options, base, layout, *rows) if processes.first else None
-    run = Run(Setup(options, processes, folder, base, fingerprint, data, *rows, layout, checkpoint))
+    run = watchdog.run = Run(Setup(options, processes, folder, base, fingerprint, data, *rows, layout, checkpoint))
     if processes.first:
         write_config(folder.path / "config.yaml", leave_out=("resume", "overwrite", "plan"))
         click.echo(run)
     with stop.deferred():
         done = train_loop(run, stop)
+        watchdog.part()
     if not done:
         leave(stop.signal, options, processes, run)
     deliver(run)

@@ -6,6 +6,8 @@ import random
 import sys
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 from click.testing import CliRunner, Result
 
 import train_mlx_lora
@@ -71,3 +73,17 @@ def adapter_bytes(adapter: Path) -> dict[str, bytes]:
     names = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
     files = [adapter / part / name for part in ("", "last") for name in names]
     return {str(path.relative_to(adapter)): path.read_bytes() for path in files}
+
+
+def difference(one: Path, other: Path) -> float:
+    """Return how far two last adapters' B matrices, which start at zero, are apart: relative to their norm.
+
+    AdamW divides by the gradient's size, so where a gradient is next to nothing rounding alone turns it about; a
+    bound on each value would say more of those few than of the adapter.
+    """
+    ours, theirs = (
+        np.concatenate([np.array(t).ravel() for n, t in sorted(mx.load(str(f)).items()) if n.endswith("lora_b")])
+        for f in (one / "last/adapters.safetensors", other / "last/adapters.safetensors")
+    )
+    assert np.linalg.norm(theirs) > 0.05
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)

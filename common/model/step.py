@@ -163,12 +163,13 @@ def pack_lora(model: nn.Module, values: dict[str, mx.array] | None = None) -> mx
     return mx.concatenate(pieces).astype(mx.float32)
 
 
-def unpack_lora(model: nn.Module, vector: mx.array) -> dict[str, mx.array]:
-    """Return the matrices of a packed vector by parameter name, as in `lora_parameters`."""
+def unpack_lora(model: nn.Module, vector: mx.array | np.ndarray) -> dict[str, mx.array | np.ndarray]:
+    """Return the matrices of a packed vector by parameter name, as in `lora_parameters`; of MLX or numpy, as given."""
+    split = np.split if isinstance(vector, np.ndarray) else mx.split
     parts, values = decoder(model), {}
     for block in _layout(parts):
         for names, held in zip(parts.names, block.take(vector), strict=True):
-            for name, matrix in zip(block.of, mx.split(held, len(block.of), axis=1), strict=True):
+            for name, matrix in zip(block.of, split(held, len(block.of), axis=1), strict=True):
                 values[f"{names[name]}.{block.part}"] = matrix
     return {name: values[name] for name in lora_parameters(model)}
 

@@ -12,11 +12,10 @@ import shutil
 from pathlib import Path
 
 import click
-import mlx.core as mx
 
 from common.errors import UserError
 from common.files import read_json, sha256_file, sync_folder, write_json, write_jsonl
-from common.model.tensors import save_tensors
+from common.model.tensors import HostArray, write_host_tensors
 
 MANIFEST, STATE, LOG = "manifest.json", "state.json", "log.jsonl"
 STATE_KEYS = {
@@ -48,7 +47,7 @@ class Checkpoints:
             click.echo(f"{self.path(step)} is damaged ({problem}); trying the one before", err=True)
         return None
 
-    def save(self, step: int, tensors: dict[str, dict[str, mx.array]], state: dict, log: list[dict]) -> Path:
+    def save(self, step: int, tensors: dict[str, dict[str, HostArray]], state: dict, log: list[dict]) -> Path:
         """Write a checkpoint of ``step``: one safetensors file for each of ``tensors``, ``state`` and ``log``.
 
         Older ones beyond ``keep`` go afterwards. When the disk refuses, what was begun is removed and a UserError
@@ -59,7 +58,7 @@ class Checkpoints:
             make_durable(self.folder)
             draft.mkdir()
             for name, group in tensors.items():
-                save_tensors(draft / f"{name}.safetensors", group, {"format": "mlx"})
+                write_host_tensors(draft / f"{name}.safetensors", group, {"format": "mlx"})
             write_json(draft / STATE, state)
             write_jsonl(draft / LOG, log)
             write_manifest(draft)

@@ -28,6 +28,7 @@ def deliver(run: Run) -> None:
     record["verdict"] = lines = verdict(losses, position.step, run.steps_per_epoch, position.stopped_early)
     last = run.delivered()
     best = run.best or last
+    last, best = ({name: tensor.to_mlx() for name, tensor in adapter.items()} for adapter in (last, best))
     modules = sorted({name.rpartition(".")[0] for name in best})
     config = adapter_config(options.base_model, modules, options.lora_r, options.lora_alpha, options.lora_dropout)
     run.log.draw(run.delivered_step)

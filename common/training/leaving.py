@@ -1,5 +1,6 @@
 """How an interrupted run ends: with one line on what is saved, the command that resumes it, and the signal's code."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -31,7 +32,8 @@ def leave(
             state = "stopped before anything was saved"
         else:
             state = f"stopped at once; the last checkpoint is {checkpoints.path(checkpoints.steps()[0])}"
-        click.echo(f"{number.name}: {state}; continue with:\n  {resume_command(processes)}", err=True)
+        with contextlib.suppress(BrokenPipeError):
+            click.echo(f"{number.name}: {state}; continue with:\n  {resume_command(processes)}", err=True)
     sys.exit(128 + number)
 
 

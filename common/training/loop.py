@@ -47,6 +47,7 @@ def train_loop(run: Run, stop: StopRequest) -> bool:
             position.done = position.stopped_early or position.step == run.total_steps
             if epoch_ends or position.done or stopping or position.step % options.save_freq == 0:
                 run.save()
+            run.step_ends()
             if position.done or stopping:
                 break
     return position.done
@@ -175,7 +176,6 @@ def validate(run: Run) -> None:
     if position.best_loss is None or loss < position.best_loss:
         position.best_loss, position.best_step, position.validations_since_best = loss, position.step, 0
         run.best = run.delivered()
-        mx.eval(run.best)
     else:
         position.validations_since_best += 1
         patience = run.options.early_stopping_patience

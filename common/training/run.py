@@ -1,12 +1,15 @@
 """A training run: what it trains and on what, how far it is, and how it is saved and resumed."""
 
-from dataclasses import asdict, dataclass
+import threading
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
 import mlx.core as mx
+import numpy as np
 
 from common.model.step import pack_lora, unpack_lora
+from common.model.tensors import HostArray, read_host_tensors
 from common.records import software_versions
 from common.training.checkpoint import LOG
 from common.training.data import DataFile
@@ -75,6 +78,8 @@ class Run:
             options.report_to if processes.first else "none", self.folder.path, asdict(options)
         )
         self.log = TrainingLog(self.folder.path, rows, processes.first)
+        self.last_step: Snapshot | None = None
+        self.writing = threading.Lock()
 
     def __str__(self) -> str:
         validation = f"{len(self.val)} for validation" if self.val else "none for validation (best = last)"
@@ -89,32 +94,68 @@ class Run:
         """The step whose adapter is delivered: the best by validation loss, else the last."""
         return self.position.best_step or self.position.step
 
-    def _restore(self, checkpoint: Path, state: dict) -> tuple[Position, dict[str, mx.array], list[dict]]:
+    def _restore(self, checkpoint: Path, state: dict) -> tuple[Position, dict[str, HostArray], list[dict]]:
         """Give the optimizer a checkpoint's state; return (position, best adapter, log)."""
         position, best, rows = Position(**state["position"]), {}, []
         tensors = {name: mx.zeros_like(self.optimizer.values) for name in ("values", "first", "second")}
         if self.processes.first:
             tensors = mx.load(str(checkpoint / "optimizer.safetensors"))
             tensors["values"] = pack_lora(self.base.model, mx.load(str(checkpoint / "adapter.safetensors")))
+        if self.processes.first or checkpoint.is_dir():  # other processes on this machine may have to save, too
             if (checkpoint / "best.safetensors").is_file():
-                best = mx.load(str(checkpoint / "best.safetensors"))
+                best = read_host_tensors(checkpoint / "best.safetensors")[0]
             own = checkpoint / LOG  # checkpoints of an earlier version have none
             rows = read_log(own if own.is_file() else self.folder.path / "training_log.jsonl", position.step)
         tensors = {name: self.processes.from_first(tensors[name]) for name in ("values", "first", "second")}
-        mx.eval(tensors, best)
+        mx.eval(tensors)
         self.optimizer.restore(tensors, position.step)
         return position, best, rows
 
+    def snapshot(self) -> "Snapshot":
+        """Return the state after the present step."""
+        optimizer = self.optimizer
+        vectors = {"values": optimizer.values, "first": optimizer.first, "second": optimizer.second}
+        return Snapshot(replace(self.position), vectors, self.best, len(self.log.rows))
+
     def save(self) -> Path | None:
-        """Write a checkpoint of the present position."""
-        if not self.processes.first:
+        """Write a checkpoint of the present position, on the process that writes."""
+        return self.write(self.snapshot()) if self.processes.first else None
+
+    def step_ends(self) -> None:
+        """Keep the state in hand while the next step runs, if it could be needed: another process may be lost in it.
+
+        It costs no computation; the device holds the former state besides the new one for the moment of the update.
+        """
+        if self.processes.world > 1:
+            self.last_step = self.snapshot()
+
+    def rescue(self) -> Path | None:
+        """Return the checkpoint of the last step that all processes finished, written now if need be.
+
+        Called from another thread while the main one waits in MLX, so it must not compute anything with MLX. None if
+        there is no such step, or not all of it is known here, or the folder is not to be had.
+        """
+        snapshot = self.last_step
+        if snapshot is None or not snapshot.position.step:
             return None
+        if snapshot.position.best_step and not snapshot.best:
+            return None
+        if not self.processes.first and not self.folder.take():
+            return None
+        with self.writing:
+            steps = self.folder.checkpoints.steps()
+            if steps and steps[0] >= snapshot.position.step:
+                return self.folder.checkpoints.path(steps[0])
+        return self.write(snapshot)
+
+    def write(self, snapshot: "Snapshot") -> Path:
+        """Write a checkpoint."""
         train, val = self.data
         state = {
             "schema_version": 1,
-            "position": asdict(self.position),
+            "position": asdict(snapshot.position),
             # order and dropout are functions of seed and step, so these two are the whole random state
-            "random_state": {"seed": self.options.seed, "step": self.position.step},
+            "random_state": {"seed": self.options.seed, "step": snapshot.position.step},
             "settings": asdict(self.options),
             "layout": asdict(self.layout),
             "processes": self.processes.world,
@@ -123,14 +164,31 @@ class Run:
             "base_fingerprint": self.fingerprint,
             "versions": software_versions(),
         }
-        tensors = {"adapter": unpack_lora(self.base.model, self.optimizer.values)}
-        tensors["optimizer"] = {"first": self.optimizer.first, "second": self.optimizer.second}
-        if self.best:
-            tensors["best"] = self.best
-        return self.folder.checkpoints.save(self.position.step, tensors, state, self.log.rows)
+        host = {name: np.array(vector) for name, vector in snapshot.vectors.items()}
+        adapter = unpack_lora(self.base.model, host.pop("values"))
+        tensors = {"adapter": adapter, "optimizer": host}
+        tensors = {
+            group: {name: HostArray("float32", array) for name, array in arrays.items()}
+            for group, arrays in tensors.items()
+        }
+        if snapshot.best:
+            tensors["best"] = snapshot.best
+        with self.writing:
+            rows = self.log.rows[: snapshot.rows]
+            return self.folder.checkpoints.save(snapshot.position.step, tensors, state, rows)
 
-    def delivered(self) -> dict[str, mx.array]:
+    def delivered(self) -> dict[str, HostArray]:
         """Return the adapter in the base's own precision, which is also what the forward pass rounds it to."""
         dtype = self.base.model.language_model.model.norm.weight.dtype
         tensors = unpack_lora(self.base.model, self.optimizer.values)
-        return {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+        return {name: HostArray.of(tensor.astype(dtype)) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after a step, all that a checkpoint needs: arrays that are computed, or being computed."""
+
+    position: Position
+    vectors: dict[str, mx.array]  # "values", "first", "second": float32 [parameters]
+    best: dict[str, HostArray]  # the best adapter so far; {} if there is none
+    rows: int  # lines of the log

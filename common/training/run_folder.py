@@ -93,6 +93,16 @@ class RunFolder:
         self.lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends, however it ends
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def take(self) -> bool:
+        """Take the lock of a process that is gone; False if the folder is not here, or another process has it."""
+        if not (self.path / ".lock").is_file():
+            return False
+        try:
+            self._lock()
+        except OSError:
+            return False
+        return True
+
     def mark(self, finished: bool) -> None:
         """Say by a file that the run is finished, or that it is not."""
         if finished:

@@ -19,6 +19,7 @@ from common.training.options import AUTO, LAYOUT, TrainingOptions
 from common.training.plan import Layout, choose_layout, limit_cache
 from common.training.rows import Prepared, RowMaker, RowStore
 from common.training.run_folder import RunFolder, data_differences, refuse_differences
+from common.training.watchdog import Watchdog
 from integration.lora_patch.fingerprint import compare_fingerprints
 from integration.lora_patch.vlm import Base
 
@@ -129,16 +130,16 @@ def lay_out(
 
 
 @contextlib.contextmanager
-def device_errors(processes: Processes) -> Iterator[None]:
+def device_errors(watchdog: Watchdog) -> Iterator[None]:
     """Turn the device's out-of-memory error, whichever way it comes, into one line that says what to change.
 
-    A process whose peer has ended ends too, without a message: the peer has given the reason.
+    A process whose peer has ended ends too, with its last step saved.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if processes.world > 1 and is_peer_lost(error):
-            raise SystemExit(1) from error
+        if watchdog.processes.world > 1 and is_peer_lost(error):
+            watchdog.end()
         if not is_out_of_memory(error):
             raise
         reason = (str(error) or "MemoryError").splitlines()[0]

@@ -1,11 +1,17 @@
-"""SIGINT and SIGTERM: between two steps a request to stop, which saves first; anywhere else an end with one line."""
+"""Signals to stop: between two steps they are requests, which save first; anywhere else they end with one line.
+
+A terminal, or a launcher, that has gone away is such a request too: the output that it no longer reads is dropped.
+"""
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType, TracebackType
+from typing import IO
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
@@ -17,7 +23,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Within the block, SIGINT and SIGTERM raise `Stopped`; while `deferred`, the first one is remembered instead."""
+    """Within the block, `SIGNALS` raise `Stopped`; while `deferred`, the first one is remembered instead."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -39,12 +45,44 @@ class StopRequest:
     def deferred(self) -> Iterator["StopRequest"]:
         """While in the block, remember the first signal; a second one raises `Stopped`."""
         self.deferring = True
+        streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_Output(stream, self) for stream in streams)
         try:
             yield self
         finally:
             self.deferring = False
+            sys.stdout, sys.stderr = streams
+
+    def reader_left(self, stream: IO) -> None:
+        """Write no more to a stream that nobody reads, and ask to stop."""
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        self.signal = self.signal or signal.SIGHUP
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.deferring or self:
             raise Stopped(number)
         self.signal = signal.Signals(number)
+
+
+class _Output:
+    """A text stream whose reader may leave."""
+
+    def __init__(self, stream: IO, stop: StopRequest):
+        self.stream, self.stop = stream, stop
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.stop.reader_left(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.stop.reader_left(self.stream)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)

@@ -1,8 +1,6 @@
 """The optimizer, the order of the data and the weighting by tokens, held against independent computations."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,7 +19,7 @@ from common.training.optimizer import AdamW, clip, learning_rate_at, warmup_with
 from integration.lora_patch.photo import load_photo
 from integration.lora_patch.vlm import Base, Row, encode, load_base
 from tests.sample.make_tiny_model import random_model
-from tests.training_sample import ROOT, TRAIN, log_of, train_here, write_dataset
+from tests.training_sample import TRAIN, difference, log_of, train_here, write_dataset
 
 PLAIN = ("--lora_dropout", 0, "--epochs", 2, "--learning_rate", 2e-3)
 
@@ -82,20 +80,6 @@ def test_the_losses_are_those_of_mlx_vlms_forward_pass_and_mlx_adamw(data, tiny_
     np.testing.assert_allclose(train_losses(Path("reference")), expected, rtol=1e-5)
 
 
-def difference(one: Path, other: Path) -> float:
-    """Return how far two last adapters' B matrices, which start at zero, are apart: relative to their norm.
-
-    AdamW divides by the gradient's size, so where a gradient is next to nothing rounding alone turns it about; a
-    bound on each value would say more of those few than of the adapter.
-    """
-    ours, theirs = (
-        np.concatenate([np.array(t).ravel() for n, t in sorted(mx.load(str(f)).items()) if n.endswith("lora_b")])
-        for f in (one / "last/adapters.safetensors", other / "last/adapters.safetensors")
-    )
-    assert np.linalg.norm(theirs) > 0.05
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-
-
 @pytest.mark.parametrize(
     "layout",
     [
@@ -132,23 +116,6 @@ def test_the_untrained_adapter_changes_nothing(data, tiny_base):
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-def test_two_ring_processes_equal_one_with_the_same_global_batch(data, tiny_base, monkeypatch):
-    """Seven examples over two processes of one: in the last step of an epoch the second process has no row."""
-    monkeypatch.chdir(data)
-    plain = (*PLAIN, "--epochs", 1)
-    assert train_here(tiny_base, *plain, "--batch_size", 2, "--output_dir", "one").exit_code == 0
-    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--starting-port", str(free_port()), "--"]
-    script = [sys.executable, str(ROOT / "train_mlx_lora.py"), "--train_data", TRAIN, "--base_model", str(tiny_base)]
-    options = [*plain, "--batch_size", 1, "--output_dir", "two"]
-    done = subprocess.run([*launch, *script, *map(str, options)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 processes") == 1 and done.stdout.count("Training loss fell") == 1
-    one, two = log_of(Path("one")), log_of(Path("two"))
-    assert [(row["kind"], row["step"]) for row in one] == [(row["kind"], row["step"]) for row in two]
-    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-5)
-    assert difference(Path("two"), Path("one")) < 1e-3
-
-
 def test_what_the_first_process_decides_all_do_and_it_alone_says_why_not(monkeypatch):
     told = []
     monkeypatch.setattr(Processes, "_text_from_first", lambda self, text: told.append(text) or told[0])
@@ -163,15 +130,6 @@ def test_what_the_first_process_decides_all_do_and_it_alone_says_why_not(monkeyp
     with pytest.raises(SystemExit) as end:
         Processes(1, 2).agreed(lambda: pytest.fail("only rank 0 decides"))
     assert end.value.code == 1
-
-
-def free_port() -> int:
-    """Return the first of a few ports that nobody listens on; the launcher takes the next ones too."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(probe.getsockname()[1], 65000)
 
 
 # -- the parts --------------------------------------------------------------------------------------------------------
