@@ -63,7 +63,6 @@ class Watchdog:
     def __init__(self, processes: Processes):
         self.processes, self.peers, self.closing = processes, [], threading.Event()
         self.run: Run | None = None
-        self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Watchdog":
         if self.processes.world > 1:
@@ -71,7 +70,7 @@ class Watchdog:
                 self.peers = _connect(self.processes)
             except OSError as error:
                 click.echo(f"no connection between the processes ({error}): if one is lost, end the others", err=True)
-            self.thread.start()
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -80,6 +79,7 @@ class Watchdog:
             self.part()
         for peer in self.peers:
             peer.connection.close()
+        self.run = None  # and with it the lock of its folder
 
     def part(self) -> None:
         """Tell the others that this process needs them no longer."""
