@@ -11,23 +11,25 @@ from common.evaluation.scoring import score_spans
 DIGITS = "0123456789"
 
 
-def expected_scores(text: str, digits: list[int | None], log_probabilities: np.ndarray) -> dict[str, float]:
+def expected_scores(text: str, pieces: list[str], log_probabilities: np.ndarray) -> dict[str, float]:
     """Return {dimension or "overall_score": points} of the scores in an answer.
 
-    ``digits``: for each token of the answer the digit that it is, or None. ``log_probabilities``: float [tokens, 10],
-    of the digits 0 to 9 where each token was chosen (natural logarithms, over the whole vocabulary). {} where a token
-    holds more than one digit, so that the two cannot be matched.
+    ``pieces``: the text of each token of the answer. ``log_probabilities``: float [tokens, 10], of the digits 0 to 9
+    where each token was chosen (natural logarithms, over the whole vocabulary). A score is left out where its digits
+    are not tokens of their own.
 
     The first digit's probabilities are taken among 1 to 9. A 1 that the answer did not choose counts as 10.
     """
-    tokens = [at for at, digit in enumerate(digits) if digit is not None]
+    letters = [(at, letter) for at, piece in enumerate(pieces) for letter in piece if letter in DIGITS]
     places = [at for at, letter in enumerate(text) if letter in DIGITS]
-    if [str(digits[at]) for at in tokens] != [text[at] for at in places]:
+    if [letter for _, letter in letters] != [text[at] for at in places]:
         return {}
-    token_at = dict(zip(places, tokens, strict=True))
+    token_at = {place: at for place, (at, _) in zip(places, letters, strict=True) if pieces[at] in DIGITS}
     chances = np.exp(log_probabilities.astype(np.float64))
     found = {}
     for name, (start, end) in score_spans(text).items():
+        if not token_at.keys() >= {at for at in range(start, end) if text[at] in DIGITS}:
+            continue
         whole, _, decimals = text[start:end].partition(".")
         first = token_at[start]
         among = chances[first, 1:] / max(chances[first, 1:].sum(), 1e-30)

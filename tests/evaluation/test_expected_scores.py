@@ -12,14 +12,13 @@ def answer(scores: list[int], overall: float, chances: dict[int, dict[int, float
     """An answer of one token a character, whose digit number n has the probabilities ``chances[n]``."""
     dimensions = [{"name": f"D{n}", "score": score, "comment": "Of 3."} for n, score in enumerate(scores)]
     text = json.dumps({"dimensions": dimensions, "overall_score": overall})
-    digits = [int(letter) if letter.isdigit() else None for letter in text]
     logs = np.full((len(text), 10), -30.0, dtype=np.float32)
     starts = [text.index('"score"', text.index(f'"D{n}"')) + 9 for n in range(len(scores))]
     for n, start in enumerate([*starts, text.index('"overall_score"') + 17]):
         for step, row in enumerate(chances.get(n, [])):
             for digit, chance in row.items():
                 logs[start + step, digit] = np.log(chance)
-    return text, digits, logs
+    return text, list(text), logs
 
 
 def test_mean_of_the_digits_probabilities():
@@ -38,11 +37,15 @@ def test_ten_is_a_one_with_a_nought():
     assert found["D1"] == pytest.approx(0.75 * 9 + 0.25 * 10)
 
 
-def test_tokens_of_several_digits_give_nothing():
-    text, digits, logs = answer([8], 8, {0: [{8: 1.0}], 1: [{8: 1.0}]})
-    digits[digits.index(8)] = None
-    assert expected_scores(text, digits, logs) == {}
+def test_score_that_is_no_token_of_its_own_is_left_out():
+    text, pieces, logs = answer([8, 7], 8, {0: [{8: 1.0}], 1: [{7: 1.0}], 2: [{8: 1.0}]})
+    at = pieces.index("8")
+    joined = [*pieces[:at], "8,", *pieces[at + 2 :]]
+    found = expected_scores(text, joined, np.delete(logs, at + 1, axis=0))
+    assert found == {"D1": pytest.approx(7), "overall_score": pytest.approx(8)}
 
 
-def test_answer_without_scores_gives_nothing():
-    assert expected_scores("no score: 8", [None] * 10 + [8], np.zeros((11, 10))) == {}
+def test_pieces_that_are_not_the_text_give_nothing():
+    text, pieces, logs = answer([8], 8, {0: [{8: 1.0}], 1: [{8: 1.0}]})
+    assert expected_scores(text, pieces[:-4], logs[:-4]) == {}
+    assert expected_scores("no score: 8", list("no score: 8"), np.zeros((11, 10))) == {}
