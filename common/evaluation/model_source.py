@@ -7,12 +7,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from common.evaluation.expected_scores import DIGITS, expected_scores
 from common.evaluation.generations import Item
 from common.model.step import collate, loss_only
-from integration.lora_patch import vlm
+from integration.lora_patch import engine, vlm
 from integration.lora_patch.adapters import as_uniform, read_adapter
-from integration.lora_patch.generation import Decoding, Grammar, Request, answer_schema, answer_text, prompt_row
+from integration.lora_patch.engine import Answer, Engine, Request, prompt_row
+from integration.lora_patch.grammar import Grammar, answer_schema
 from integration.lora_patch.photo import load_photo
+from integration.lora_patch.phrasebook import PHRASEBOOK, read_phrasebook
 from integration.lora_patch.sources import adapter_in
 
 GRAMMAR = "+grammar"  # an arm of this ending decodes under the JSON grammar
@@ -41,6 +44,9 @@ class ModelSource:
         self.hashes: dict[str, object] = facts["adapters"]
         for arm, folder in adapters.items():
             self.adapters[arm] = self._load(arm, folder)
+        self.engine = Engine(base)
+        ids = base.processor.tokenizer.convert_tokens_to_ids(list(DIGITS))
+        self._digits = tuple(ids) if len(set(ids)) == len(DIGITS) else ()  # a tokenizer without single digits
         free = list(self.adapters)
         self.arms = free + ([arm + GRAMMAR for arm in free if arm != "deployed"] if constrained else [])
         self._rows: dict[str, vlm.Row] = {}
@@ -52,6 +58,7 @@ class ModelSource:
         start = time.perf_counter()
         tensors, rank, scale = as_uniform(read_adapter(adapter_in(folder)).layers)
         adapter = vlm.build_adapter(self.base, _evened(self.base, tensors, rank), rank, scale * rank)
+        adapter.phrasebook = read_phrasebook(folder / PHRASEBOOK)
         self.load_seconds[arm] = time.perf_counter() - start
         return adapter
 
@@ -67,29 +74,38 @@ class ModelSource:
         }
 
     def outputs(self, arm: str, items: list[Item], samples: int) -> Iterator[dict]:
-        decoding = self._switch(arm)
-        by_key = {item.key: item for item in items}
+        by_key, how = {item.key: item for item in items}, self.sampling
+        watched = self._digits if how.temperature <= 0 and not arm.endswith(GRAMMAR) else ()
         requests = [
-            Request(prompt_row(self._row(item)), item.key, sample, self._grammar(arm, item))
+            Request(prompt_row(self._row(item)), item.key, sample, self._grammar(arm, item), watched)
             for item in items
             for sample in range(samples)
         ]
-        how = self.sampling
-        for answer in decoding.generate(requests, how.batch_size, how.max_tokens, how.temperature, how.seed):
+        sampling = engine.Sampling(how.temperature, how.seed)
+        answers = self.engine.generate(requests, how.batch_size, how.max_tokens, sampling, self._adapter(arm))
+        for answer in answers:
             yield {
                 "kind": "output",
                 "arm": arm,
                 "example": by_key[answer.key].index,
                 "sample": answer.sample,
-                "text": decoding.text(answer.tokens),
+                "text": self.engine.text(answer.tokens),
                 "finish": answer.finish,
                 "tokens": len(answer.tokens),
+                **self._expected(answer),
             }
+
+    def _expected(self, answer: Answer) -> dict:
+        if answer.watched is None:
+            return {}
+        pieces = [self.engine.text([token]) for token in answer.tokens]
+        found = expected_scores(self.engine.text(answer.tokens), pieces, answer.watched)
+        return {"expected_scores": found} if found else {}
 
     def losses(self, arm: str, items: list[Item]) -> Iterator[dict]:
         if arm.endswith(GRAMMAR):
             return  # a grammar changes what is generated, not what the model thinks of the reference
-        self._switch(arm)
+        vlm.use_adapter(self.base, self._adapter(arm))
         for item in items:
             total, tokens = loss_only(self.base.model, collate(self.base.model, [self._row(item)]))
             value = float(total)
@@ -100,8 +116,7 @@ class ModelSource:
     def timings(self, items: list[Item]) -> Iterator[dict]:
         """Time whole requests one at a time, as the service serves them: photograph file to last token.
 
-        The free arms run through mlx-vlm's own generation. Arms under the grammar run through this project's, beside
-        a free run of the same ("free"), since their cost is to be compared like with like.
+        An arm under the grammar carries a free run of the same adapter ("free"), to which its cost is compared.
         """
         for item in items:
             # each photograph begins with another arm, so that none has the warmer machine
@@ -114,11 +129,9 @@ class ModelSource:
                 yield {"kind": "timing", "arm": arm, "example": item.index, **self._time(arm, item)}
 
     def _time(self, arm: str, item: Item, max_tokens: int | None = None) -> dict:
-        if not arm.endswith(GRAMMAR):
-            return self._measured(self._stream(arm, item, max_tokens or self.sampling.max_tokens))
         grammar = self._grammar(arm, item)
-        runs = [self._measured(self._decode(arm, item, kind, max_tokens)) for kind in (None, grammar)]
-        return runs[1] | {"free": runs[0]}
+        free = self._measured(self._stream(arm, item, None, max_tokens))
+        return self._measured(self._stream(arm, item, grammar, max_tokens)) | {"free": free} if grammar else free
 
     def _measured(self, tokens: Iterator[int]) -> dict:
         mx.synchronize()
@@ -133,22 +146,16 @@ class ModelSource:
             "first_token_seconds": first or seconds,
             "tokens": len(found),
             "peak_bytes": mx.get_peak_memory(),
-            "text": answer_text(self.base, found),
+            "text": self.engine.text(found),
         }
 
-    def _stream(self, arm: str, item: Item, max_tokens: int) -> Iterator[int]:
-        self._switch(arm)
-        yield from vlm.stream(self.base, item.example.prompt, self._photos(item), max_tokens)
-
-    def _decode(self, arm: str, item: Item, grammar: Grammar | None, max_tokens: int | None) -> Iterator[int]:
-        decoding = self._switch(arm)
+    def _stream(self, arm: str, item: Item, grammar: Grammar | None, max_tokens: int | None) -> Iterator[int]:
         encoded = vlm.encode(self.base, item.example.prompt, self._photos(item))
         request = Request(vlm.prepare_row(self.base, encoded), item.key, 0, grammar)
-        yield from decoding.stream(request, max_tokens or self.sampling.max_tokens)
+        yield from self.engine.stream(request, max_tokens or self.sampling.max_tokens, self._adapter(arm))
 
-    def _switch(self, arm: str) -> Decoding:
-        vlm.use_adapter(self.base, self.adapters[arm.removesuffix(GRAMMAR)])
-        return Decoding(self.base)
+    def _adapter(self, arm: str) -> vlm.Adapter | None:
+        return self.adapters[arm.removesuffix(GRAMMAR)]
 
     def _row(self, item: Item) -> vlm.Row:
         """Return an example's features, computed once and shared by all arms while its part of the work lasts."""
