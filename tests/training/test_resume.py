@@ -19,6 +19,7 @@ from PIL import Image
 
 import train_mlx_lora
 from common.errors import UserError
+from common.model.tensors import HostArray
 from common.records import software_versions
 from common.training import loop
 from common.training.checkpoint import STATE_KEYS, Checkpoints, damage
@@ -384,7 +385,9 @@ def test_other_versions_are_said(stopped, tiny_base, monkeypatch):
 
 def saved(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
-        checkpoints.save(step, {"adapter": {"a": mx.full((4,), step)}}, {**dict.fromkeys(STATE_KEYS), "step": step}, [])
+        checkpoints.save(
+            step, {"adapter": {"a": HostArray.of(mx.full((4,), step))}}, {**dict.fromkeys(STATE_KEYS), "step": step}, []
+        )
 
 
 def test_the_newest_whole_checkpoint_is_found_whatever_happened_to_the_others(tmp_path, capsys):
