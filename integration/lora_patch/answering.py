@@ -44,8 +44,7 @@ class Answering:
         """Begin, or go on with, the schedule of --ab_test_schedule; a ``split`` that is given by hand ends it."""
         versions = {adapter.version for adapter in self.adapters.table.values()}
         if flags.ab_test_schedule and split is None and self.adapters.mode == "ab_test" and self.recorder.path:
-            version = versions.pop() if len(versions) == 1 else None
-            self.canary = Canary(flags.ab_test_schedule, self.recorder.path, version)
+            self.canary = Canary(flags.ab_test_schedule, self.recorder.path, versions)
         else:
             self.canary = None
 

@@ -11,6 +11,7 @@ import logging
 import sqlite3
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from .ab_test import ADAPTER, broken_guardrails, next_share, running_test
@@ -24,10 +25,10 @@ EVERY = 20  # recorded jobs of the test between two looks
 class Canary:
     """The share of a test that widens by itself. Jobs are drawn at ``split``; `note` is called for each recorded one.
 
-    A service that is started again goes on where the jobs table says that the test of the same ``version`` was.
+    A service that is started again goes on where the jobs table says that the test of these ``versions`` was.
     """
 
-    def __init__(self, shares: tuple[float, ...], database: Path, version: str | None = None):
+    def __init__(self, shares: tuple[float, ...], database: Path, versions: Collection[str | None] = ()):
         self.shares, self.database = shares, database
         self.split, self.problem, self.looked = shares[0], None, None
         self.noted, self.looking = 0, threading.Lock()
@@ -38,7 +39,7 @@ class Canary:
             return
         tested = next((job.version for job in reversed(jobs) if job.arm == ADAPTER), None)
         last = next((job.split for job in reversed(jobs) if job.split is not None), None)
-        if tested == version and last in (0.0, *shares):
+        if tested in versions and last in (0.0, *shares):
             self.split = last
 
     def note(self) -> None:

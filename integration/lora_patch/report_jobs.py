@@ -17,7 +17,6 @@ from .arms import ARMS
 from .errors import LoraError, one_line
 from .jobs import COLUMNS, connect, key_and_columns
 
-SPLIT = "ab_test_split"  # column: the share in force when a job's arm was drawn
 DONE, FAILED = ("done", "completed"), ("error", "failed", "failure", "timeout")
 PATIENCE = 3600  # seconds; a job with an arm that is unfinished for longer has failed
 UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
@@ -57,7 +56,7 @@ def read_jobs(path: Path) -> list[AnsweredJob]:
     with contextlib.closing(db):
         try:
             key, names = key_and_columns(db)
-            wanted = dict.fromkeys([key, *READ, *COLUMNS, SPLIT])
+            wanted = dict.fromkeys([key, *READ, *COLUMNS])
             columns = ", ".join(
                 f"CAST({name} AS BLOB) AS {name}" if name in names else f"NULL AS {name}" for name in wanted
             )
@@ -89,7 +88,7 @@ def _answered(raw: dict, key: str, photographs: "_Photographs") -> AnsweredJob |
         version=raw["adapter_version"],
         photograph=photographs.name(raw["filename"]) or f"job {key}",
         at=at,
-        split=_number(raw[SPLIT]),
+        split=_number(raw["ab_test_split"]),
         # a fallback is a failure of its arm; the score that the user saw is the base's and counts for neither
         valid=valid and not fell_back,
         score=None if fell_back else score,

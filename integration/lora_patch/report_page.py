@@ -6,9 +6,9 @@ from .report import FORMS, HEADINGS, TITLES, cells, differences, notes
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #595959; --line: #c8c8c8; --mark: #0b57a8;
-        --band: #9cc3ee }
+        --band: #5b93cf }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #ececec; --paper: #161616; --soft: #b4b4b4; --line: #4a4a4a; --mark: #8cc0ff; --band: #2f5f96 } }
+  :root { --ink: #ececec; --paper: #161616; --soft: #b4b4b4; --line: #4a4a4a; --mark: #8cc0ff; --band: #4a7fbc } }
 * { box-sizing: border-box }
 body { font: 1rem/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 46rem;
        margin: 0 auto; padding: 1rem }
@@ -16,11 +16,14 @@ h1 { font-size: 1.4rem; line-height: 1.25 } h2 { font-size: 1.1rem; margin: 1.75
 .says { font-size: 1.1rem; border-left: 4px solid var(--mark); padding-left: .75rem }
 .soft { color: var(--soft) }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .25rem; border-bottom: 1px solid var(--line); text-align: right; overflow-wrap: anywhere }
+th, td { padding: .35rem .25rem; border-bottom: 1px solid var(--line); text-align: right }
+td { overflow-wrap: break-word; max-width: 8rem } @media (max-width: 30rem) { table { font-size: .9rem } }
 th:first-child { text-align: left; font-weight: 400; color: var(--soft) } thead th { font-weight: 600 }
 dl { margin: 0 } dt { font-weight: 600; margin-top: .75rem } dd { margin: 0 }
 svg { display: block; width: 100%; height: 28px } ul { padding-left: 1.2rem }
 """
+
+ARM_NAMES = {"fine_tuned": "adapter", "ab_test_base": "test: base", "ab_test_fine_tuned": "test: adapter"}
 
 
 def as_html(report: dict) -> str:
@@ -31,7 +34,7 @@ def as_html(report: dict) -> str:
         f"<tr><th scope='row'>{text(HEADINGS[at])}</th>" + "".join(f"<td>{text(c[at])}</td>" for c in columns) + "</tr>"
         for at in range(1, len(HEADINGS))
     ]
-    heads = "".join(f"<th scope='col'>{text(name.replace('_', ' '))}</th>" for name in names)
+    heads = "".join(f"<th scope='col'>{text(ARM_NAMES.get(name, name))}</th>" for name in names)
     period = f"the last {report['days']:g} days" if report["days"] else "all jobs"
     parts = [
         "<!doctype html>",
@@ -74,5 +77,5 @@ def _bar(name: str, found: dict) -> str:
         f'<svg viewBox="0 0 300 28" preserveAspectRatio="none" role="img" aria-label="{html.escape(words)}">'
         f'<rect x="{low:.1f}" y="9" width="{max(high - low, 1):.1f}" height="10" fill="var(--band)"/>'
         f'<rect x="149.5" y="2" width="1" height="24" fill="var(--ink)"/>'
-        f'<rect x="{value - 1.5:.1f}" y="6" width="3" height="16" fill="var(--mark)"/></svg>'
+        f'<rect x="{value - 1.5:.1f}" y="6" width="3" height="16" fill="var(--ink)"/></svg>'
     )

@@ -150,7 +150,7 @@ def test_the_report_as_table_and_page(jobs, tmp_path):
     assert report(jobs, "--format", "html", "--output", page).stdout == ""
     text = page.read_text()
     assert "&lt;b&gt;v2" in text and "<b>v2" not in text and "http" not in text
-    assert "<th scope='col'>ab test fine tuned</th>" in text and "<svg" in text
+    assert "<th scope='col'>test: adapter</th>" in text and "<svg" in text
 
 
 def test_scores_that_never_vary_are_pointed_out(jobs):
