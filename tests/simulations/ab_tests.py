@@ -14,7 +14,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from integration.lora_patch.sequences import ALPHA, MIN_PHOTOGRAPHS, TIGHTEST  # noqa: E402
+from integration.lora_patch.ab_test import LADDER, ABTest, broken_guardrails, next_share  # noqa: E402
+from integration.lora_patch.sequences import (  # noqa: E402
+    ALPHA,
+    MIN_PHOTOGRAPHS,
+    TIGHTEST,
+    difference,
+    share_difference,
+)
 
 
 def photographs(rng: np.random.Generator, tests: int, jobs: int, repeats: float) -> np.ndarray:
@@ -136,6 +143,37 @@ def simulate(
     return rates | {"first": first}
 
 
+def canaries(rng: np.random.Generator, tests: int, jobs: int, drift: float = 1.0, invalid: float = 0.03) -> dict:
+    """Return what became of so many canaries (5%, 25%, 50%), looked at every 20 jobs, while all scores drift upwards.
+
+    Neither arm is better: drift is the rise of the scores over the test, in points, which a comparison that pools the
+    shares would take for the adapter's. ``invalid``: share of the adapter's answers; the base's is 3%. Keys: alarm
+    (the scores' sequence leaves out zero at some look), ended (a guardrail was broken), wide (went to 50%), and jobs
+    (median until it was at 50%).
+    """
+    alarm, ended, arrived = np.zeros(tests, bool), np.zeros(tests, bool), np.full(tests, np.inf)
+    for at in range(tests):
+        share, adapter, strata = LADDER[0], np.zeros(jobs, bool), np.zeros(jobs)
+        scores = 6 + drift * np.arange(jobs) / jobs + rng.normal(0, 1, jobs)
+        luck, draw, logs, own = rng.random(jobs), rng.random(jobs), rng.normal(0, 0.3, jobs), np.arange(jobs)
+        for begin in range(0, jobs, 20):
+            adapter[begin : begin + 20], strata[begin : begin + 20] = draw[begin : begin + 20] < share, share
+            seen = slice(0, begin + 20)
+            valid = luck[seen] >= np.where(adapter[seen], invalid, 0.03)
+            arms = (adapter[seen], own[seen], strata[seen])
+            sequences = difference(scores[seen], *arms), share_difference(valid, *arms), difference(logs[seen], *arms)
+            test = ABTest([], share, *sequences)
+            alarm[at] |= bool(test.score.sign)
+            if broken_guardrails(test):
+                ended[at] = True
+                break
+            share = next_share(test, LADDER) or share
+            if share == LADDER[-1] and arrived[at] == np.inf:
+                arrived[at] = begin + 20
+    found = {"alarm": alarm, "ended": ended, "wide": np.isfinite(arrived)}
+    return {name: float(rows.mean()) for name, rows in found.items()} | {"jobs": float(np.median(arrived))}
+
+
 def main() -> None:
     began = time.perf_counter()
     print("2,000 tests without a difference, looked at after each of 1,000 jobs: share with an alarm")
@@ -156,6 +194,11 @@ def main() -> None:
     worse = simulate(np.random.default_rng(3), 1000, 400, invalid=(0.03, 0.2))
     slower = simulate(np.random.default_rng(4), 1000, 400, slower=np.log(1.25))
     print(f"20% invalid answers instead of 3%: {worse['valid']:.0%}; 25% slower: {slower['time']:.0%}")
+    print("\n400 canaries of 3,000 jobs, scores rising by a point meanwhile, arms equal or 20% invalid instead of 3%")
+    for invalid in (0.03, 0.2):
+        found = canaries(np.random.default_rng(5), 400, 3000, invalid=invalid)
+        rates = ", ".join(f"{name} {found[name]:.1%}" for name in ("alarm", "ended", "wide"))
+        print(f"{invalid:.0%}: {rates}, at 50% after {found['jobs']:,.0f} jobs at the median", flush=True)
     print(f"\n{time.perf_counter() - began:.0f} s")
 
 
