@@ -10,7 +10,6 @@ import click
 
 from common.errors import UserError, refuse
 from common.evaluation.comparison import read_report
-from common.evaluation.gates import failed
 from common.files import read_json, read_rows, sha256_file, write_json
 from common.release.listing import in_use_sentence
 from common.release.promotion import Rule, ensure_record, keep_report, locked, promote
@@ -28,12 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 MARKER = ".trained"  # the trainer writes it last, and removes it when it starts
 UNDER_WAY = "round.json"  # beside the record, while a round lasts: the version that it makes
 NOT_PROMOTABLE = (3, 4)  # exit codes of evaluate_lora.py: it is finished, and the version is not promoted
-ADVICE = {  # by the family of a blocking gate's figure: what to change before the next round
-    "format": "Look at the outputs in the report that break the format; more epochs (TRAIN_ARGS) teach it better.",
-    "loss": "Look at the training curve: train longer while the validation loss still falls, shorter where it rises.",
-    "speed": "Time it again on a quiet machine; a smaller rank, or a fused model, costs less time.",
-    "distinct": "Look at the training data: advice that repeats itself is learned.",
-}
 
 
 @dataclass(frozen=True)
@@ -128,10 +121,8 @@ def _decide(options: RoundOptions, number: int, report: Path) -> tuple[str, int]
     opening = f"{name} of {advisor} was trained on {counted(trained, 'example')} and judged on {photographs}"
     if not verdict["promotable"]:
         kept, _ = keep_report(models, advisor, number, report)
-        families = dict.fromkeys(row["figure"].split(".")[0] for row in failed(found["gates"], options.rule.strict))
-        advice = " ".join(ADVICE[family] for family in families if family in ADVICE)
         reasons = " ".join(f"{reason}." for reason in (*verdict["failed"], *verdict["decides"]))
-        text = f"{opening}; it is not promoted. {reasons} {in_use_sentence(models, advisor)} {advice}"
+        text = f"{opening}; it is not promoted. {reasons} {in_use_sentence(models, advisor)}"
         return f"{text} Report: {kept.with_suffix('.html')}", verdict["exit_code"]
     record, _ = promote(models, advisor, number, report, options.rule)
     doubt = "".join(f" {sentence}." for sentence in verdict["decides"])

@@ -272,7 +272,7 @@ def test_round_keeps_the_version_in_use_when_a_gate_fails(work, phases, tiny_bas
     told = " ".join(result.output.split("\n\n")[-1].split())
     assert told.startswith("v4 of ansel was trained on 3 examples and judged on 10 held-out photographs; it is not")
     assert "Validation loss not worse than deployed: fail" in told and "v1 is in use since" in told
-    assert "Look at the training curve" in told and told.endswith(".html")
+    assert told.endswith(".html")
     assert record(work)["version"] == "v1"
     assert list((work / "models" / "ansel" / "reports").glob("v4-*.html"))
     assert {number: versions.adapter_hashes(path) for number, path in _all(work).items() if number < 4} == hashes
