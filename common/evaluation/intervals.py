@@ -2,7 +2,7 @@
 
 The unit is the photograph: several outputs or examples of one are averaged before they come here, since they are not
 independent. Each statistic has the method that covers the truth best with 10 to 50 photographs;
-tests/evaluation/coverage.py measures it, docs/evaluation.md has the results.
+tests/simulations/intervals.py measures it, docs/evaluation.md has the results.
 
 | statistic | method |
 | --- | --- |

@@ -15,7 +15,7 @@ from common.evaluation.metrics import Summary
 from integration.lora_patch.analysis import compact_json
 from integration.lora_patch.repetition import repeated_tail
 from integration.lora_patch.specification import DIMENSIONS7, PromptSpecification
-from tests.evaluation.coverage import coverage, what_can_be_shown
+from tests.simulations.intervals import coverage, what_can_be_shown
 
 NAN = float("nan")
 SPECIFICATION = PromptSpecification()

@@ -1,8 +1,8 @@
 """Measure how often the intervals of common/evaluation/intervals.py hold the truth; prints the table of the docs.
 
-    python -m tests.evaluation.coverage              # 4,000 runs a row, several minutes
-    python -m tests.evaluation.coverage --runs 500
-    python -m tests.evaluation.coverage --shown      # what so many photographs can show, at once
+    python -m tests.simulations.intervals              # 4,000 runs a row, several minutes
+    python -m tests.simulations.intervals --runs 500
+    python -m tests.simulations.intervals --shown      # what so many photographs can show, at once
 
 A row is a statistic of one distribution: for 10, 20 and 50 photographs the share of runs, in percent, whose 95%
 interval holds the truth, and of those whose one-sided limits do (from below, from above).
