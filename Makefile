@@ -39,6 +39,9 @@ REPORT   := $(WORK)/evaluation/$(ADVISOR)/comparison_report.json
 VERSIONS := --advisor "$(ADVISOR)" --work "$(WORK)"
 TRAINING := --base_model "$(BASE_MODEL)" --train_data "$(TRAIN)" --val_data "$(VAL)" --output_dir "$(ADAPTER)"
 
+# 3 and 4 are verdicts of an evaluation that has finished, and has said so: no error of make's
+DECIDED := { code=$$?; test $$code -eq 3 || test $$code -eq 4 || exit $$code; }
+
 # the variables that were given, checked, and as the scripts repeat them in the next command that they print
 NAMES := ADVISOR MONDRIAN DB BASE_MODEL WORK LINK_ARGS PREPARE_ARGS TRAIN_ARGS EVAL_ARGS VERSION PHOTO HOSTS BACKEND PYTHON
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
@@ -70,11 +73,9 @@ train: $(call escape,$(ADAPTER))/.trained ## train the LoRA adapter; does nothin
 plan: $(READY) $(call escape,$(TRAIN)) ## estimate memory, time and adapter size without training
 	$(RUN) train_mlx_lora.py $(TRAINING) $(TRAIN_ARGS) --plan
 
-# judges the adapter that is there, on the data recorded with it; trains only where there is none. Codes 3 and 4 are
-# verdicts of a finished evaluation, which has said so
+# judges the adapter that is there, on the data recorded with it; trains only where there is none
 eval: $(READY) $(if $(VERSION)$(wildcard $(call escape,$(ADAPTER))/.trained),,train) ## compare base and tuned model on held-out photographs (VERSION=v2 for another version)
-	@$(RUN) evaluate_lora.py --lora_path "$(EVALUATED)" $(OWN_BASE) --output_report "$(REPORT)" $(EVAL_ARGS) || \
-	  { code=$$?; test $$code -eq 3 || test $$code -eq 4 || exit $$code; }
+	@$(RUN) evaluate_lora.py --lora_path "$(EVALUATED)" $(OWN_BASE) --output_report "$(REPORT)" $(EVAL_ARGS) || $(DECIDED)
 
 try: $(READY) ## base and tuned answers to PHOTO=me.jpg side by side, and a page with both
 	$(if $(PHOTO),,$(error make try needs a photograph: make try PHOTO=me.jpg))
@@ -83,8 +84,8 @@ try: $(READY) ## base and tuned answers to PHOTO=me.jpg side by side, and a page
 	  $(if $(VERSION),--versions "$(VERSION)") $(EVAL_ARGS)
 
 iterate: $(READY) ## train the next version, compare it with the one in use, promote it if every gate passes
-	$(RUN) -m common.release.versions iterate $(VERSIONS) --mondrian "$(MONDRIAN)" --db_path "$(DB)" --base_model "$(BASE_MODEL)" \
-	  --link_args="$(LINK_ARGS)" --prepare_args="$(PREPARE_ARGS)" --train_args="$(TRAIN_ARGS)" --eval_args="$(EVAL_ARGS)" $(if $(HOSTS),--hosts "$(HOSTS)")
+	@$(RUN) -m common.release.versions iterate $(VERSIONS) --mondrian "$(MONDRIAN)" --db_path "$(DB)" --base_model "$(BASE_MODEL)" \
+	  --link_args="$(LINK_ARGS)" --prepare_args="$(PREPARE_ARGS)" --train_args="$(TRAIN_ARGS)" --eval_args="$(EVAL_ARGS)" $(if $(HOSTS),--hosts "$(HOSTS)") || $(DECIDED)
 
 promote: $(READY) ## put a version in use (VERSION=v2; default: the newest) if its report passes every gate
 	$(RUN) -m common.release.versions promote $(VERSIONS) $(if $(VERSION),--version "$(VERSION)")

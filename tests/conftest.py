@@ -45,3 +45,49 @@ def sample_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mondrian")
     make_tree(folder, photos=40, long_side=240)
     return folder
+
+
+def run(script: str, *options: str, folder: Path) -> str:
+    """Run one of the scripts in a folder; returns what it printed."""
+    command = [sys.executable, str(ROOT / script), *options]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def worked(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A sample tree of 60 photographs in which the four scripts have run as documented, and what each printed."""
+    folder = tmp_path_factory.mktemp("a tree with a space") / "mondrian"
+    make_tree(folder, photos=60, long_side=160)
+    (folder / "even.toml").write_text(
+        "[base_format]\nenabled = false\n[tuned_format]\nenabled = false\n[overhead]\nenabled = false\n"
+    )
+    printed = {
+        "link": run("link_training_data.py", "--advisor", "ansel", folder=folder),
+        "prepare": run(
+            "prepare_training_data.py",
+            "--manifest",
+            "training_data_manifest.json",
+            "--base_model",
+            str(tiny_base),
+            folder=folder,
+        ),
+        "train": run(
+            "train_mlx_lora.py",
+            *("--train_data", "training_data_ansel_train.json", "--base_model", str(tiny_base)),
+            *("--learning_rate", "1e-2", "--batch_size", "4"),
+            folder=folder,
+        ),
+        "evaluate": run(
+            "evaluate_lora.py",
+            *("--lora_path", "./models/qwen3-vl-4b-lora-ansel", "--timing_examples", "5", "--max_tokens", "16"),
+            *("--gates", "even.toml"),
+            folder=folder,
+        ),
+    }
+    promote = [sys.executable, "-m", "common.release.versions", "promote", "--advisor", "ansel", "--work", str(folder)]
+    done = subprocess.run(promote, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, printed | {"promote": done.stdout}
