@@ -24,7 +24,7 @@ VENV   := .venv
 BUILD  := $(or $(BACKEND),$(patsubst $(VENV)/.ready-%,%,$(firstword $(wildcard $(VENV)/.ready-*))),cpu)
 READY  := $(VENV)/.ready-$(BUILD)
 RUN    := $(VENV)/bin/python
-LAUNCH := $(if $(HOSTS),$(VENV)/bin/mlx.launch --hostfile "$(HOSTS)" -- $(CURDIR)/$(VENV)/bin/python,$(RUN))
+LAUNCH := $(if $(HOSTS),$(VENV)/bin/mlx.launch --hostfile "$(HOSTS)" -- "$(CURDIR)/$(VENV)/bin/python",$(RUN))
 
 # each advisor has its own files, so that two may share one WORK
 DATA     := $(WORK)/training_data

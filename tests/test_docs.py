@@ -60,10 +60,12 @@ def test_the_readme_names_only_options_that_exist():
     }
     known |= {
         flag
-        for path in (ROOT / "integration/lora_patch").glob("*.py")
+        for folder in ("integration/lora_patch", "tests/benchmarks")
+        for path in (ROOT / folder).glob("*.py")
         for flag in re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8"))
     }
-    named = set(re.findall(r"--[a-z][a-z_]+", README.read_text(encoding="utf-8")))
+    text = re.sub(r"(?m)^ *vllm .*$", "", README.read_text(encoding="utf-8"))  # another program's options
+    named = set(re.findall(r"--[a-z][a-z_]+", text))
     assert named and not named - known
 
 
@@ -72,6 +74,42 @@ def test_the_readme_names_every_make_target_and_no_other():
     named = set(re.findall(r"`make ([a-z-]+)", README.read_text(encoding="utf-8")))
     named |= set(re.findall(r"^ *make ([a-z-]+)", README.read_text(encoding="utf-8"), re.M))
     assert named == targets - {"help"} | (named & {"help"})
+
+
+def test_every_place_that_the_documents_name_exists():
+    places = set()
+    for document in (README, *sorted((ROOT / "docs").glob("*.md"))):
+        text = document.read_text(encoding="utf-8")
+        places |= set(re.findall(r"`((?:common|integration|tests|docs)/[\w./]+)(?::(\w+))?`", text))
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+    assert len(places) > 40
+    for path, name in sorted(places):
+        assert (ROOT / path).exists(), path
+        if name:
+            code = (ROOT / path).read_text(encoding="utf-8")
+            assert re.search(rf"^(?:def|class) {name}\b", code, re.M), f"{path}:{name}"
+
+
+TEXTS = {".py", ".md", ".j2", ".jinja", ".js", ".txt", ""}
+# what a reader of plain English stumbles over, or what means something else to the field
+WORDINGS = (
+    "voice of", "nats a token", "take as long as the model's own", "teach the example", "to the same bytes",
+    "holds adapters against", "rows wait", "named otherwise", "comes to lie", "this machine alone", "ends the start",
+    "environment of its own", "gone on with", "go on with", "by heart", "person who waits", "had to say",
+)  # fmt: skip
+
+
+def test_the_wordings_that_were_hard_to_read_stay_away():
+    paths = [*ROOT.glob("*.*"), ROOT / "Makefile"]
+    paths += [path for folder in ("common", "docs", "integration", "tests") for path in (ROOT / folder).rglob("*.*")]
+    found = []
+    for path in paths:
+        is_ours = path.is_file() and path.suffix in TEXTS and "node_modules" not in path.parts
+        if is_ours and path != Path(__file__).resolve():
+            text = " ".join(path.read_text(encoding="utf-8").split())
+            found += [f"{path.relative_to(ROOT)}: {wording}" for wording in WORDINGS if wording in text]
+    assert found == []
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ MAX_TEXT = 256_000  # characters; the longest real answer, a model that ran away
 REASONS = {
     "unread": "the reader failed on it, which is a fault of this program; please report the job",
     "score_out_of_range": "a score is not from 0 to 10",
-    "wrong_dimensions": "dimensions that its prompt asks for are lacking, or named otherwise",
+    "wrong_dimensions": "dimensions that its prompt asks for are missing, or have other names",
     "unknown_dimensions": "no prompt of it tells which dimensions it asks for; name them with --dimensions",
     "missing_score": "a dimension has no score",
     "truncated_json": "JSON cut off before its end",

@@ -41,7 +41,7 @@ class Answering:
         return self.canary.split if self.canary is not None else self.adapters.split
 
     def begin_canary(self, split: float | None = None) -> None:
-        """Begin, or go on with, the schedule of --ab_test_schedule; a ``split`` that is given by hand ends it."""
+        """Begin, or continue, the schedule of --ab_test_schedule; a ``split`` that is given by hand ends it."""
         versions = {adapter.version for adapter in self.adapters.table.values()}
         if flags.ab_test_schedule and split is None and self.adapters.mode == "ab_test" and self.recorder.path:
             self.canary = Canary(flags.ab_test_schedule, self.recorder.path, versions)

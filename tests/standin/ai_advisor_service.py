@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""AI Advisor Service: judges a photograph in the voice of an advisor.
+"""AI Advisor Service: judges a photograph as one of its advisors.
 
     python ai_advisor_service.py --port 5100 --mlx_model mlx-community/Qwen3-VL-4B-Instruct-4bit
 
