@@ -191,11 +191,11 @@ def load_answering(task: Task) -> Callable[[Model, Path], Iterator[str]]:
 
     UserError when the base is not the one that an adapter was trained on.
     """
-    from integration.lora_patch.adapters import as_uniform, read_adapter
+    from integration.lora_patch.adapters import read_adapter
+    from integration.lora_patch.engine import Engine, Request
     from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
-    from integration.lora_patch.generation import Decoding, Request, prompt_row
     from integration.lora_patch.sources import adapter_in
-    from integration.lora_patch.vlm import build_adapter, encode, load_base, prepare_row, use_adapter
+    from integration.lora_patch.vlm import encode, load_base, prepare_row
 
     base = load_base(task.base_model)
     fingerprint = base_fingerprint(base.path, task.base_model)
@@ -206,20 +206,19 @@ def load_answering(task: Task) -> Callable[[Model, Path], Iterator[str]]:
             errors = compare_fingerprints(trained_on, fingerprint)[0] if trained_on else []
             if errors:
                 raise UserError(f"{model.folder}: {errors[0]}; name the right base with --base_model")
-            tensors, rank, scale = as_uniform(read_adapter(adapter_in(model.folder)).layers)
-            adapters[model.name] = build_adapter(base, tensors, rank, scale * rank)
+            adapters[model.name] = read_adapter(adapter_in(model.folder))
+    engine = Engine(base)
     rows = {}  # the photograph's features are the same for every model
 
     def answer(model: Model, photo: Path) -> Iterator[str]:
         if photo not in rows:
             rows.clear()
             rows[photo] = prepare_row(base, encode(base, task.prompt, [load_photo(photo, task.max_image_size)]))
-        use_adapter(base, adapters.get(model.name))
-        decoding = Decoding(base)
         tokens, told = [], ""
-        for token in decoding.stream(Request(prompt_row(rows[photo]), str(photo)), task.max_tokens):
+        request = Request(rows[photo], str(photo))
+        for token in engine.stream(request, task.max_tokens, adapters.get(model.name)):
             tokens.append(token)
-            text = decoding.text(tokens)
+            text = engine.text(tokens)
             if not text.endswith("\ufffd"):  # half a character
                 yield text[len(told) :]
                 told = text

@@ -30,7 +30,7 @@ from common.model.lora import attach_lora  # noqa: E402
 from common.model.step import collate, pack_lora, packed_loss_and_grads  # noqa: E402
 from common.training.memory import PAD_MULTIPLE, Choice, Plan, find_device, fit, shape_of, size  # noqa: E402
 from integration.lora_patch import vlm  # noqa: E402
-from integration.lora_patch.generation import Decoding, Request, prompt_row  # noqa: E402
+from integration.lora_patch.engine import Engine, Request, prompt_row  # noqa: E402
 from tests.benchmarks import bench_generate  # noqa: E402
 
 RESPONSE = {"tiny": 60, "4b": 880}  # tokens
@@ -108,10 +108,12 @@ def train(base: vlm.Base, row: vlm.Row, plan: Plan) -> tuple[float, int]:
 
 def decode(base: vlm.Base, row: vlm.Row, tokens: int) -> float:
     """Return the seconds of an answer of ``tokens`` tokens with the adapter, computed from a shorter one's."""
+    vlm.use_adapter(base, None)
+    engine, adapter = Engine(base), bench_generate.random_adapter(base, RANK)
     request = Request(prompt_row(row), "one")
     for _ in range(2):  # the first compiles kernels
         started, times = time.perf_counter(), []
-        for number, _ in enumerate(Decoding(base).stream(request, DECODED)):
+        for number, _ in enumerate(engine.stream(request, DECODED, adapter, drafting=False)):
             times.append(time.perf_counter() - started)
             if number + 1 == DECODED:
                 break
