@@ -1,6 +1,6 @@
 """The memory-bound parts of a decoder layer: one CUDA kernel each, and the same in MLX operations everywhere else.
 
-    q, k, v = heads(qkv, q_norm, k_norm, cos, sin, spec)
+    q, k, v = heads(qkv, (q_norm, k_norm), (cos, sin), eps, n_heads, n_kv)
 
 Why kernels: of an H200's 4.3 TB/s, MLX's fused graphs reach 0.6 to 1 here, and they write what two results share to
 memory in float32 (SwiGLU's backward pass: 333 microseconds in place of 86). With the projections that share an input
@@ -221,11 +221,13 @@ _HEAD_PART = """
 """
 
 
-def heads(qkv, q_norm, k_norm, cos, sin, eps: float, n_heads: int, n_kv: int) -> tuple[mx.array, mx.array, mx.array]:
+def heads(qkv, norms, rope, eps: float, n_heads: int, n_kv: int) -> tuple[mx.array, mx.array, mx.array]:
     """Normalise and rotate: qkv [N, (H + 2 K) d] to q [N, H d], k and v [N, K d].
 
-    cos and sin are [B, L, 1, 2, d / 2] with N = B * L, sin's first half negated.
+    ``norms``: weights of the query's and the key's norm, [d] each. ``rope``: cos and sin, [B, L, 1, 2, d / 2] with
+    N = B * L, sin's first half negated.
     """
+    (q_norm, k_norm), (cos, sin) = norms, rope
     rows, width = qkv.shape[0], q_norm.shape[0]
     sizes = [n_heads * width, n_kv * width, n_kv * width]
     if not _on_cuda(qkv, q_norm, k_norm, cos, sin) or width != 128:
@@ -262,8 +264,9 @@ def heads(qkv, q_norm, k_norm, cos, sin, eps: float, n_heads: int, n_kv: int) ->
     return tuple(_launch(kernel, given, [(rows, size) for size in sizes], rows * (n_heads + 2 * n_kv) * 16))
 
 
-def heads_vjp(qkv, q_norm, k_norm, cos, sin, eps: float, dq, dk, dv) -> mx.array:
-    """Return the gradient of qkv for those of q, k and v ([N, H d], [N, K d] twice)."""
+def heads_vjp(qkv, norms, rope, eps: float, gradients) -> mx.array:
+    """Return the gradient of qkv for ``gradients`` of q, k and v ([N, H d], [N, K d] twice)."""
+    (q_norm, k_norm), (cos, sin), (dq, dk, dv) = norms, rope, gradients
     width = q_norm.shape[0]
     n_heads, n_kv = dq.shape[1] // width, dk.shape[1] // width
     if not _on_cuda(qkv, q_norm, k_norm, cos, sin, dq, dk, dv) or width != 128:

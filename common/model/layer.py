@@ -186,7 +186,8 @@ def _chunked_vjp(q, k, v, do):
 def _heads(spec, qkv, frozen, rope):
     """Return q [B, H, L, d], k and v [B, H_kv, L, d] of the packed projections, normalised and rotated."""
     cos, sin = rope
-    flat = kernels.heads(qkv, frozen["q_norm"], frozen["k_norm"], cos, sin, spec.eps, spec.heads, spec.kv_heads)
+    norms = frozen["q_norm"], frozen["k_norm"]
+    flat = kernels.heads(qkv, norms, rope, spec.eps, spec.heads, spec.kv_heads)
     return tuple(m.reshape(*cos.shape[:2], -1, spec.head_dim).transpose(0, 2, 1, 3) for m in flat)
 
 
@@ -199,7 +200,8 @@ def _rows_of(x, targets):
     return x if targets is None else x[targets]
 
 
-def _forward(spec, keep, x, frozen, lora, rope, noise, rows, targets):
+def _forward(spec, keep, x, weights, batch):
+    (frozen, lora), (rope, noise, rows, targets) = weights, batch
     p = _Projections(spec, frozen, lora, noise, x.dtype)
     z = {}
     n = mx.fast.rms_norm(x, frozen["input_norm"], spec.eps)
@@ -221,7 +223,8 @@ def _forward(spec, keep, x, frozen, lora, rope, noise, rows, targets):
     return y, kept
 
 
-def _backward(spec, fused, need_dx, dy, kept, frozen, lora, rope, noise, rows, targets):
+def _backward(spec, fused, need_dx, dy, kept, weights, batch):
+    (frozen, lora), (rope, noise, rows, targets) = weights, batch
     x, h, z = kept["x"], kept["h"], kept["z"]
     p = _Projections(spec, frozen, lora, noise, x.dtype)
     late = _rows_of(rows, targets)
@@ -246,7 +249,7 @@ def _backward(spec, fused, need_dx, dy, kept, frozen, lora, rope, noise, rows, t
     o, *dheads = attention_vjp(*_heads(spec, qkv, frozen, rope), do, fused)
     grads["o"] = p.gradients("o", _rows_of(_flat(o), targets), z.get("o"), dh, dz, late)
     norms = frozen["q_norm"], frozen["k_norm"]
-    dqkv = kernels.heads_vjp(qkv, *norms, *rope, spec.eps, *(_flat(m) for m in dheads))
+    dqkv = kernels.heads_vjp(qkv, norms, rope, spec.eps, [_flat(m) for m in dheads])
     dn, dz = p.backward("qkv", dqkv, rows)
     grads["qkv"] = p.gradients("qkv", n, z.get("qkv"), dqkv, dz, rows)
     if targets is not None:
@@ -262,7 +265,7 @@ def compiled(f):
 
 @lru_cache
 def forward(spec: LayerSpec, keep: str):
-    """Return f(x, frozen, lora, rope, noise, rows, targets) -> (y, kept), compiled once a shape.
+    """Return f(x, (frozen, lora), (rope, noise, rows, targets)) -> (y, kept), compiled once a shape.
 
     x [N, D] with N = B * L; ``frozen`` and ``lora`` the layer's arrays (see `common.model.step`) in x's dtype; ``rope``
     (cos, sin) [B, L, 1, 2, d / 2], sin's first half negated; ``noise`` uint32 [4] or None; ``rows`` uint32 [N];
@@ -274,5 +277,5 @@ def forward(spec: LayerSpec, keep: str):
 
 @lru_cache
 def backward(spec: LayerSpec, fused: bool, need_dx: bool):
-    """Return f(dy, kept, frozen, lora, rope, noise, rows, targets) -> (dx, [(A, B) gradients of each group])."""
+    """Return f(dy, kept, (frozen, lora), (rope, noise, rows, targets)) -> (dx, [(A, B) gradients of each group])."""
     return compiled(partial(_backward, spec, fused, need_dx))

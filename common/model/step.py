@@ -221,7 +221,8 @@ def packed_loss_and_grads(
         fused = layer.fused_backward(dx.dtype, spec.head_dim, batch.shape[1])
         run = layer.backward(spec, fused, i > 0)
         targets = batch.targets if i == last else None
-        dx, new[i] = run(dx, kept.pop(), parts.grouped[i], lora[i], batch.rope, noise[i], batch.rows, targets)
+        weights, where = (parts.grouped[i], lora[i]), (batch.rope, noise[i], batch.rows, targets)
+        dx, new[i] = run(dx, kept.pop(), weights, where)
         queue.push(dx, *(array for pair in new[i] for array in pair))
     total = _join_grads(parts, new)
     return loss, batch.n_tokens, total if grads is None else grads + total
@@ -267,7 +268,8 @@ def _run_forward(parts, batch, vector, keep, seed, queue):
     kept = []
     for i, spec in enumerate(parts.specs):
         targets = batch.targets if i == len(parts.specs) - 1 else None
-        x, held = layer.forward(spec, keep)(x, parts.grouped[i], lora[i], batch.rope, noise[i], batch.rows, targets)
+        weights, where = (parts.grouped[i], lora[i]), (batch.rope, noise[i], batch.rows, targets)
+        x, held = layer.forward(spec, keep)(x, weights, where)
         if i < len(batch.deepstack):
             x = x + (batch.deepstack[i] if targets is None else batch.deepstack[i][targets])
         kept.append(held)

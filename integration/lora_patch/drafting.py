@@ -64,7 +64,7 @@ class Drafter:
         self._off -= 1
 
     def propose(self, tokens: list[int], longest: int) -> list[int]:
-        """Return the guess of what follows the answer so far, at most ``longest`` tokens; [] where nothing is likely."""
+        """Return a guess of what follows the answer so far, at most ``longest`` tokens; [] where nothing is likely."""
         self._sources = []
         if longest <= 0:
             return []

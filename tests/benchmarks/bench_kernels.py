@@ -56,8 +56,11 @@ def cases(n: int) -> list[tuple[str, Callable, list[mx.array]]]:
     # as the step has them: views of [B, L, H, d]
     q, k, v, do = (draw(1, n, heads, WIDTH).transpose(0, 2, 1, 3) for heads in (HEADS, KV, KV, HEADS))
 
+    def heads(qkv, qn, kn, cos, sin):
+        return kernels.heads(qkv, (qn, kn), (cos, sin), EPS, HEADS, KV)
+
     def heads_vjp(qkv, qn, kn, cos, sin, *grads):
-        return kernels.heads_vjp(qkv, qn, kn, cos, sin, EPS, *grads)
+        return kernels.heads_vjp(qkv, (qn, kn), (cos, sin), EPS, grads)
 
     def attention_vjp(q, k, v, do):
         return layer.attention_vjp(q, k, v, do, layer.fused_backward(q.dtype, WIDTH, n))
@@ -75,7 +78,11 @@ def cases(n: int) -> list[tuple[str, Callable, list[mx.array]]]:
             lambda x, w, dy, r: kernels.norm_vjp(x, w, EPS, dy, r),
             [draw(n, HIDDEN), draw(HIDDEN), draw(n, HIDDEN), draw(n, HIDDEN)],
         ),
-        ("heads", lambda *a: kernels.heads(*a, EPS, HEADS, KV), [qkv, *norms, cos, sin]),
+        (
+            "heads",
+            lambda qkv, qn, kn, cos, sin: kernels.heads(qkv, (qn, kn), (cos, sin), EPS, HEADS, KV),
+            [qkv, *norms, cos, sin],
+        ),
         ("heads_vjp", heads_vjp, [qkv, *norms, cos, sin, *grads]),
         ("dropout", lambda x: kernels.dropout(x, seed, rows, 0.05), [draw(n, INNER)]),
         ("attention", layer.attention, [q, k, v]),
