@@ -12,7 +12,6 @@ from .adapters import Adapter
 from .answers import analysis_problem, text_of
 from .arms import ARMS, REQUEST_MODES, Job, Scope, assign, is_carried, scope_of_request
 from .calls import Call
-from .canary import Canary
 from .errors import one_line
 from .flags import flags
 from .in_use import AdaptersInUse
@@ -32,7 +31,7 @@ class Answering:
         self.adapters, self.recorder = adapters, recorder
         self.generating = threading.Lock()  # mlx-vlm keeps state in the model: one generation at a time
         self.counts, self.prompts = Counter(), Counter()
-        self.canary: Canary | None = None  # a test that is widened by itself
+        self.canary = None  # a `canary.Canary`: a test that is widened by itself
         self.stored: dict[str, bool] = {}  # end of a prompt -> whether its answer was the last of its job
 
     @property
@@ -44,6 +43,8 @@ class Answering:
         """Begin, or continue, the schedule of --ab_test_schedule; a ``split`` that is given by hand ends it."""
         versions = {adapter.version for adapter in self.adapters.table.values()}
         if flags.ab_test_schedule and split is None and self.adapters.mode == "ab_test" and self.recorder.path:
+            from .canary import Canary  # numpy: slow to import
+
             self.canary = Canary(flags.ab_test_schedule, self.recorder.path, versions)
         else:
             self.canary = None

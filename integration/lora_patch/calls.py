@@ -1,10 +1,12 @@
 """A call of a generating function of the service: its photograph, prompt and answer, whatever the arguments' order."""
 
+import contextlib
 import inspect
 import io
 import logging
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from .log import say
@@ -46,6 +48,13 @@ class Call:
         prompt = self.kwargs.get(named) if named in self.kwargs else self.args[at[named]] if named else ""
         self.prompt = prompt if isinstance(prompt, str) else ""
 
+    @property
+    def is_of_mlx_vlm(self) -> bool:
+        """Tell whether the function is mlx_vlm's generate or stream_generate, as it is."""
+        function = inspect.unwrap(self.function)
+        module = getattr(function, "__module__", None) or ""
+        return module.split(".")[0] == "mlx_vlm" and function.__name__ in ("generate", "stream_generate")
+
     def use_photo(self, photo) -> None:
         """Put a photograph, as it came or prepared, among the arguments."""
         if self.photo_name in self.kwargs:
@@ -69,11 +78,16 @@ class Call:
             self.args[self.prompt_at] = prompt
 
     def prepare_photo(self, max_image_size: int) -> None:
-        """Fill `prepared` with the photograph as training sees it, in the form in which it came."""
+        """Fill `prepared` with the photograph as training sees it.
+
+        mlx-vlm's functions get pictures; a function of the service's gets it in the form in which it came.
+        """
         from .photo import PhotoError  # Pillow: slow to import
 
         try:
             self.prepared = self._prepare(self.photo, max_image_size)
+            if self.is_of_mlx_vlm and self.photo is not None and not isinstance(self.prepared, list | tuple):
+                self.prepared = [self.prepared]
         except PhotoError as error:
             say(logging.WARNING, f"left as it is: {error}")  # the service has its own answer to such a file
 
@@ -99,6 +113,8 @@ class Call:
             return prepare_image(photo, size)
         if isinstance(photo, str | os.PathLike) and os.path.isfile(photo):
             picture = load_photo(photo, size)
+            if self.is_of_mlx_vlm:
+                return picture
             handle, path = tempfile.mkstemp(suffix=".png", prefix="lora_patch_")
             self.files.append(path)
             with open(handle, "wb") as file:
@@ -112,3 +128,11 @@ class Call:
             out.seek(0)
             return out.getvalue() if isinstance(photo, bytes) else out
         return photo
+
+
+def sweep_photos(older_than: float = 3600) -> None:
+    """Remove the prepared photographs that killed services left in the temporary folder; in seconds."""
+    for path in Path(tempfile.gettempdir()).glob("lora_patch_*.png"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > older_than:
+                path.unlink()

@@ -10,6 +10,7 @@ import threading
 
 from .answering import Answering
 from .arms import Job, is_carried, job_of_request, scope_of_request
+from .calls import sweep_photos
 from .errors import LoraError, one_line
 from .flags import flags
 from .in_use import AdaptersInUse
@@ -132,6 +133,7 @@ def start(app, get_model=None, db_path=None):
         adapters.fail(error)
     service.recorder.open(db_path)
     service.begin_canary()
+    sweep_photos()
     Routes(service).add_to(app)
     for advisor, adapter in adapters.table.items():
         who = "every advisor" if advisor == EVERYONE else advisor

@@ -13,7 +13,7 @@ from .arms import Job
 from .errors import LoraError, one_line
 from .flags import flags
 from .log import say
-from .prompts import build_prompt
+from .prompts import build_prompt, read_prompts
 
 COLUMNS = {  # added to the jobs table
     "model_used": "TEXT",  # base, fine_tuned, ab_test_base or ab_test_fine_tuned
@@ -171,13 +171,12 @@ class Recorder:
             return "unknown"
         try:
             with contextlib.closing(connect(self.path, "ro", WAIT)) as db:
-                system = db.execute("SELECT CAST(value AS TEXT) FROM config WHERE key = 'system_prompt'").fetchone()
-                own = db.execute("SELECT CAST(prompt AS TEXT) FROM advisors WHERE id = ?", (advisor,)).fetchone()
+                texts = read_prompts(db, advisor)
         except (sqlite3.Error, LoraError):
             return "unknown"
-        if not system or not own or not system[0] or not own[0]:
+        if None in texts:
             return "unknown"
-        return "as_trained" if build_prompt(system[0], advisor, own[0]) in prompt else "other"
+        return "as_trained" if build_prompt(texts.system_prompt, advisor, texts.advisor_prompt) in prompt else "other"
 
     def health(self) -> dict:
         """Return what /health says of the recording."""

@@ -97,7 +97,7 @@ class OwnGeneration:
         if adapter is not None and adapter.digest not in self.prepared:
             raise Unknown(f"{adapter.path} is on modules besides the language model's projections")
         function = inspect.unwrap(call.function)
-        if not function.__module__.startswith("mlx_vlm") or function.__name__ not in ("generate", "stream_generate"):
+        if not call.is_of_mlx_vlm:
             raise Unknown(f"{function.__name__} is a function of the service's")
         given = inspect.signature(function).bind(*call.args, **call.kwargs).arguments
         given |= given.pop("kwargs", {})

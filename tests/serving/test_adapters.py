@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import struct
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from integration.lora_patch.adapters import as_uniform, read_adapter
 from integration.lora_patch.answering import Answering
 from integration.lora_patch.arms import Breaker, job_of_request
 from integration.lora_patch.base import check_base, read_base
-from integration.lora_patch.calls import Call
+from integration.lora_patch.calls import Call, sweep_photos
 from integration.lora_patch.errors import LoraError
 from integration.lora_patch.flags import flags
 from integration.lora_patch.in_use import AdaptersInUse
@@ -673,6 +675,24 @@ def test_a_deployed_adapter_must_be_the_one_that_was_deployed(tmp_path, tiny_bas
     (folder / "adapters.safetensors").unlink()
     with pytest.raises(LoraError, match="adapters.safetensors, which was deployed, is missing"):
         read_adapter(sources["ansel"])
+
+
+def test_photographs_are_prepared_in_memory_and_left_files_are_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
+    (tmp_path / "temp").mkdir()
+    file = str(picture("12 megapixels", tmp_path))
+    for given in (file, [file]):
+        call = Call(mlx_vlm.generate, (None, None, "prompt", given), {})
+        call.prepare_photo(300)
+        assert [image.size for image in call.prepared] == [(300, 225)] and not os.listdir(tmp_path / "temp")
+    own = Call(lambda image_path: None, (file,), {})  # a function of the service's is given a path, as it expects
+    own.prepare_photo(300)
+    assert Path(own.prepared).is_file() and isinstance(own.prepared, str)
+    sweep_photos()
+    assert Path(own.prepared).is_file()
+    os.utime(own.prepared, (1, 1))
+    sweep_photos()  # what a killed service left
+    assert not os.listdir(tmp_path / "temp")
 
 
 def test_exif_is_applied_to_a_picture_in_memory_too(tmp_path):

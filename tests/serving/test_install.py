@@ -163,6 +163,14 @@ def test_the_package_uses_nothing_of_this_repository():
     assert imports - set(sys.stdlib_module_names) <= brought_by_mlx_vlm
 
 
+@pytest.mark.parametrize("code", ["import lora_patch; lora_patch.start", "from lora_patch import commands, install"])
+def test_what_every_start_imports_is_light(code):
+    slow = "{'numpy', 'PIL', 'mlx', 'mlx_vlm', 'huggingface_hub'}"
+    command = [sys.executable, "-c", f"import sys; {code}; print(sorted({slow} & set(sys.modules)))"]
+    done = subprocess.run(command, cwd=PATCH.parent, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_a_link_to_the_service_is_followed(tmp_path):
     (tmp_path / "real").mkdir()
     real = tmp_path / "real" / "ai_advisor_service.py"
