@@ -29,6 +29,7 @@ class Adapter:
     trained_on: dict | None  # base fingerprint, when the folder says it
     max_image_size: int  # pixels of a photograph's long side
     config: dict  # adapter_config.json, of the first of several
+    phrasebook: object | None = None  # `phrasebook.Continuations` of its training responses, to draft from
     breaker: Breaker | None = None
 
     @property
@@ -45,6 +46,8 @@ def read_adapter(source: Source, lora_scale: float | None = None) -> Adapter:
     """
     import mlx.core as mx
     import numpy as np
+
+    from .phrasebook import PHRASEBOOK, read_phrasebook  # MLX: slow to import
 
     parts, problems = [], []
     for folder, weight in source.parts:
@@ -83,6 +86,7 @@ def read_adapter(source: Source, lora_scale: float | None = None) -> Adapter:
         json.loads(trained_on.pop()) if trained_on else None,
         max(sizes),
         parts[0][2]["config"],
+        read_phrasebook(Path(source.parts[0][0]) / PHRASEBOOK) if len(parts) == 1 else None,
     )
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import threading
 import time
 import uuid
 from collections import Counter
@@ -29,7 +28,7 @@ class Answering:
 
     def __init__(self, adapters: AdaptersInUse, recorder: Recorder):
         self.adapters, self.recorder = adapters, recorder
-        self.generating = threading.Lock()  # mlx-vlm keeps state in the model: one generation at a time
+        self.generating = adapters.own.lock  # one generation at a time
         self.counts, self.prompts = Counter(), Counter()
         self.canary = None  # a `canary.Canary`: a test that is widened by itself
         self.stored: dict[str, bool] = {}  # end of a prompt -> whether its answer was the last of its job
@@ -183,7 +182,7 @@ class Answering:
         wanted = self._understood(call, adapter)
         with switched_on(use):
             if wanted is not None:
-                return self.adapters.own.whole(wanted, adapter, self._grammar(call, wanted)), adapter is not None
+                return self.adapters.own.whole(wanted, adapter, self._is_bound(call)), adapter is not None
             result = call.function(*call.args, **call.kwargs)
         return result, bool(use and use.happened)
 
@@ -193,7 +192,7 @@ class Answering:
         call.rewind()
         wanted = self._understood(call, adapter)
         if wanted is not None:
-            steps = self.adapters.own.pieces(wanted, adapter, self._grammar(call, wanted))
+            steps = self.adapters.own.pieces(wanted, adapter, self._is_bound(call))
         else:
             steps = call.function(*call.args, **call.kwargs)
         with switched_on(use), contextlib.closing(steps) as pieces:
@@ -209,8 +208,9 @@ class Answering:
             self.adapters.own.leave_to_mlx_vlm(call, str(reason))
             return None
 
-    def _grammar(self, call: Call, wanted: Wanted):
-        return None if self._is_intermediate(call.prompt) else self.adapters.own.grammar(wanted.text)
+    def _is_bound(self, call: Call) -> bool:
+        """Tell whether --constrained is for this answer: not for one that the service itself goes on from."""
+        return not self._is_intermediate(call.prompt)
 
     def _problem(self, result, happened: bool, call: Call) -> str | None:
         if not happened:

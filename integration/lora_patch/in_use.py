@@ -126,9 +126,8 @@ class AdaptersInUse:
                     say(logging.WARNING, warning)
                 self.warned.add(warning)
             if self.model is not None:
-                with self.own.placing:
-                    make_switchable(self.model, adapter)
-                    self.own.prepare(adapter)
+                make_switchable(self.model, adapter)
+                self.own.prepare(adapter)
 
     def reload(self, mode: str | None = None, split: float | None = None) -> dict:
         """Read the sources again and swap what has changed; requests on their way keep the adapter they began with."""

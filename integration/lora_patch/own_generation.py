@@ -5,10 +5,8 @@ message and its photographs. Everything else falls back: each reason is logged o
 """
 
 import dataclasses
-import importlib
 import inspect
 import logging
-import sys
 import threading
 import time
 from collections import Counter
@@ -16,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapters import Adapter, as_uniform
+from .adapters import Adapter
 from .calls import Call
 from .errors import LoraError, one_line
 from .flags import flags
@@ -27,13 +25,6 @@ SENTINEL = "\ufdd0"  # a character that no text may hold (Unicode 23.7): where a
 WITHOUT_EFFECT = ("top_p", "top_k", "min_p", "seed", "prefill_step_size", "verbose")  # on one greedy answer
 NEUTRAL = {"repetition_penalty": (None, 1.0), "audio": (None,), "video": (None,), "max_kv_size": (None,)}
 DEFAULT_MAX_TOKENS = 256  # mlx-vlm's own
-
-
-def _decoding():
-    """Import generation.py without its taking the place of the function `lora_patch.generation`."""
-    module = importlib.import_module(f"{__package__}.generation")
-    vars(sys.modules[__package__]).pop("generation", None)
-    return module
 
 
 class Unknown(Exception):
@@ -50,52 +41,52 @@ class Wanted:
 
 
 class OwnGeneration:
-    """One model of the service's, and the adapters prepared for it. One thread at a time may generate."""
+    """The engine over the model that the service has loaded. ``lock``: one generation at a time, whoever's it is."""
 
     def __init__(self):
-        self.base = None  # a vlm.Base
+        self.lock = threading.Lock()  # mlx-vlm keeps state in the model, and the engine serves one thread
+        self.engine = self.base = None  # an engine.Engine, a vlm.Base
         self.reason: str | None = "the model is not loaded yet"  # why it serves nothing
-        self.prepared: dict[str, object] = {}  # digest -> vlm.Adapter
+        self.ways: dict[str, str] = {}  # digest of each adapter that it can serve -> how its update is applied
         self.answered, self.fallbacks = 0, Counter()
-        self.placing = threading.Lock()  # while an adapter's modules stand in the model
         self._templates: dict[int, tuple[str, str]] = {}  # photographs -> what stands before and after the text
         self._grammars: dict[tuple, object] = {}
 
     def adopt(self, model, processor, name: str | None) -> None:
         """Take over the model that the service has loaded."""
-        self.base, self.prepared = None, {}
+        self.engine = self.base = None
+        self.ways.clear()
         self._templates.clear()
         self._grammars.clear()
         try:
-            from . import vlm
+            from .engine import Engine, supports
+            from .vlm import Base
 
-            if getattr(getattr(model, "config", None), "model_type", None) != "qwen3_vl":
-                raise Unknown(f"a model of type {getattr(getattr(model, 'config', None), 'model_type', None)}")
-            self.base = vlm.Base(model, processor, model.config, Path(name or "."), str(name))
-            vlm.decoder(model)  # its parts are where this package looks for them
-            self.reason = None
+            self.reason = supports(model)
+            if self.reason is None:
+                self.base = Base(model, processor, model.config, Path(name or "."), str(name))
+                self.engine = Engine(self.base)
         except Exception as error:  # whatever another mlx-vlm version does otherwise: its own generation serves then
-            self.base, self.reason = None, one_line(error)
+            self.reason = f"this mlx-vlm is not known: {one_line(error)}"
+        if self.reason is not None:
             self._say(self.reason)
 
     def prepare(self, adapter: Adapter) -> None:
-        """Make an adapter ready for the served model, so that a request finds it so."""
-        if self.base is None or adapter.digest in self.prepared:
+        """Make an adapter ready for the served model, so that a request finds it so. Takes the lock."""
+        if self.engine is None:
             return
-        from . import vlm
-
         try:
-            tensors, rank, scale = as_uniform(adapter.layers)
-            self.prepared[adapter.digest] = vlm.build_adapter(self.base, tensors, rank, scale * rank)
-        except LoraError as error:  # on modules besides the projections of the language model
-            self._say(one_line(error))
+            with self.lock:
+                self.ways[adapter.digest] = self.engine.way(adapter)
+        except (LoraError, ValueError, KeyError) as error:  # on modules besides the language model's projections
+            self._say(f"{adapter.path}: {one_line(error)}")
 
     def understand(self, call: Call, adapter: Adapter | None) -> Wanted:
         """Return what a call asks for; Unknown when it is another's to answer."""
         if self.reason is not None:
             raise Unknown(self.reason)
-        if adapter is not None and adapter.digest not in self.prepared:
-            raise Unknown(f"{adapter.path} is on modules besides the language model's projections")
+        if adapter is not None and adapter.digest not in self.ways:
+            raise Unknown(f"{adapter.path}: an adapter that the engine cannot apply")
         function = inspect.unwrap(call.function)
         if not call.is_of_mlx_vlm:
             raise Unknown(f"{function.__name__} is a function of the service's")
@@ -129,11 +120,16 @@ class OwnGeneration:
             raise Unknown("a prompt that is not one user message in the chat template")
         return head, prompt[len(head) : len(prompt) - len(tail)], tail
 
-    def pieces(self, wanted: Wanted, adapter: Adapter | None, grammar) -> Iterator:
-        """Yield mlx-vlm's results for a request, as its stream_generate does: a token each, and a last one."""
+    def pieces(self, wanted: Wanted, adapter: Adapter | None, bound: bool) -> Iterator:
+        """Yield mlx-vlm's results for a request, as its stream_generate does: a token each, and a last one.
+
+        ``bound``: with --constrained the answer keeps to the grammar; else the grammar serves drafting alone.
+        """
         import mlx.core as mx
         from mlx_vlm.generate import GenerationResult
         from mlx_vlm.tokenizer_utils import make_streaming_detokenizer
+
+        from .engine import Request
 
         started = time.perf_counter()
         row = self._row(wanted)
@@ -157,7 +153,9 @@ class OwnGeneration:
             }
             return GenerationResult(**{name: value for name, value in made.items() if name in fields})
 
-        for token in self._tokens(row, wanted.max_tokens, adapter, grammar):
+        grammar = self.grammar(wanted.text)
+        request = Request(row, "", grammar=grammar if bound and flags.constrained else None, schema=grammar)
+        for token in self.engine.stream(request, wanted.max_tokens, adapter):
             begun = begun or time.perf_counter()
             tokens.append(token)
             detokenizer.add_token(token)
@@ -167,25 +165,33 @@ class OwnGeneration:
         self.answered += 1
         yield result(detokenizer.last_segment, "length" if len(tokens) >= wanted.max_tokens else "stop")
 
-    def whole(self, wanted: Wanted, adapter: Adapter | None, grammar):
+    def whole(self, wanted: Wanted, adapter: Adapter | None, bound: bool):
         """Return mlx-vlm's result for a request, as its generate does."""
-        pieces = list(self.pieces(wanted, adapter, grammar))
+        pieces = list(self.pieces(wanted, adapter, bound))
         pieces[-1].text = "".join(piece.text for piece in pieces)
         return pieces[-1]
 
     def grammar(self, text: str):
-        """Return the grammar of the analysis that a prompt asks for, None without --constrained or if there is none."""
-        if not flags.constrained or self.base is None or demands_html(text):
-            return None
+        """Return the grammar of the analysis that a prompt asks for, None where it asks for none that can be read."""
+        if text in self._grammars:
+            return self._grammars[text]
+        found = None
         try:
-            dimensions = tuple(read_specification(text).dimensions)
+            dimensions = () if demands_html(text) else tuple(read_specification(text).dimensions)
+            if dimensions and dimensions not in self._grammars:
+                from .grammar import Grammar, answer_schema
+
+                self._grammars[dimensions] = Grammar(self.base, answer_schema(dimensions))
+            found = self._grammars.get(dimensions)
         except LoraError as error:
-            self._say(f"not constrained: {one_line(error)}")
-            return None
-        if dimensions not in self._grammars:
-            decoding = _decoding()
-            self._grammars[dimensions] = decoding.Grammar(self.base, decoding.answer_schema(dimensions))
-        return self._grammars[dimensions]
+            if flags.constrained:
+                say(logging.INFO, f"not constrained: {one_line(error)}")
+        except ImportError as error:  # llguidance comes with mlx-vlm
+            say(logging.WARNING, f"neither constrained nor drafted by its schema: {one_line(error)}")
+        if len(self._grammars) > 500:  # prompts with text of the request in them are all different
+            self._grammars.clear()
+        self._grammars[text] = found
+        return found
 
     def leave_to_mlx_vlm(self, call: Call, reason: str) -> None:
         """Count a fallback, and break up names of special tokens in the user's text: mlx-vlm takes them for tokens.
@@ -215,6 +221,7 @@ class OwnGeneration:
                 "in_use": self.reason is None,
                 "reason": self.reason,
                 "answered": self.answered,
+                "adapters": sorted(set(self.ways.values())),
                 "by_mlx_vlm": dict(self.fallbacks),
                 "constrained": flags.constrained,
             }
@@ -227,17 +234,6 @@ class OwnGeneration:
 
         photos = [load_image(photo) for photo in wanted.photos]
         return vlm.prepare_row(self.base, vlm.encode(self.base, wanted.text, photos))
-
-    def _tokens(self, row, max_tokens: int, adapter: Adapter | None, grammar) -> Iterator[int]:
-        from . import vlm
-
-        decoding = _decoding()
-        with self.placing:
-            vlm.use_adapter(self.base, self.prepared[adapter.digest] if adapter else None)
-            try:
-                yield from decoding.Decoding(self.base).stream(decoding.Request(row, "", grammar=grammar), max_tokens)
-            finally:
-                vlm.use_adapter(self.base, None)
 
     def _say(self, reason: str) -> None:
         if reason not in self.fallbacks:

@@ -29,7 +29,7 @@ GOOD = '{"dimensions": [{"name": "Composition", "score": 8}, {"name": "Lighting"
 def serving(monkeypatch, answers, **changed):
     """A service whose model is a function: what it does with each kind of answer of the adapter's."""
     service = Answering(AdaptersInUse(), Recorder())
-    adapter = Adapter({}, "a", "v1", [4], "", None, 1024, {}, Breaker(20, 0.25))
+    adapter = Adapter({}, "a", "v1", [4], "", None, 1024, {}, None, Breaker(20, 0.25))
     service.adapters.table, service.adapters.mode = {"*": adapter}, "fine_tuned"
     monkeypatch.setattr(hooks, "service", service)
     for name, value in {"use_fine_tuned": True, **changed}.items():

@@ -131,7 +131,7 @@ def test_prompts_of_another_form_and_functions_of_the_service_are_left_to_it(ser
 def test_another_model_type_is_served_by_mlx_vlm(loaded, service, monkeypatch):
     monkeypatch.setattr(loaded[0].config, "model_type", "gemma3")
     service.adapters.adopt(*loaded, None)
-    assert service.adapters.own.reason == "a model of type gemma3"
+    assert service.adapters.own.reason == "the model's type is gemma3, not qwen3_vl"
     assert not service.adapters.own.health()["generation"]["in_use"]
 
 
@@ -142,12 +142,12 @@ def test_names_of_special_tokens_in_a_text_are_text(service, loaded, photo, monk
     """They would end the turn, or put the photograph in another place."""
     own = service.adapters.own
     rows = []
-    tokens = own._tokens
-    monkeypatch.setattr(own, "_tokens", lambda row, *more: (rows.append(row), tokens(row, *more))[1])
+    make = own._row
+    monkeypatch.setattr(own, "_row", lambda wanted: rows.append(make(wanted)) or rows[-1])
     ask(mlx_vlm.generate, "base", *loaded, formatted(loaded, TEXT), [photo], max_tokens=1, temperature=0.0)
     tokenizer = loaded[1].tokenizer
     ids = [int(i) for i in rows[0].input_ids]
-    plain = [int(i) for i in own._row(own_wanted(own, loaded, "Say.", photo)).input_ids]
+    plain = [int(i) for i in make(own_wanted(own, loaded, "Say.", photo)).input_ids]
     for name in ("<|im_end|>", "<|image_pad|>"):
         assert ids.count(tokenizer.convert_tokens_to_ids(name)) == plain.count(tokenizer.convert_tokens_to_ids(name))
     assert TEXT in tokenizer.decode(ids)
