@@ -7,10 +7,12 @@ message and its photographs. Everything else falls back: each reason is logged o
 import dataclasses
 import inspect
 import logging
+import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +46,9 @@ class OwnGeneration:
     """The engine over the model that the service has loaded. ``lock``: one generation at a time, whoever's it is."""
 
     def __init__(self):
-        self.lock = threading.Lock()  # mlx-vlm keeps state in the model, and the engine serves one thread
+        self.lock = threading.Lock()  # mlx-vlm keeps state in the model, and the engine answers one by one
+        # MLX's streams, and what was compiled for them, belong to a thread: all of the engine's work is done in one
+        self.thread = ThreadPoolExecutor(1, "lora_patch")
         self.engine = self.base = None  # an engine.Engine, a vlm.Base
         self.reason: str | None = "the model is not loaded yet"  # why it serves nothing
         self.ways: dict[str, str] = {}  # digest of each adapter that it can serve -> how its update is applied
@@ -65,7 +69,7 @@ class OwnGeneration:
             self.reason = supports(model)
             if self.reason is None:
                 self.base = Base(model, processor, model.config, Path(name or "."), str(name))
-                self.engine = Engine(self.base)
+                self.engine = self.thread.submit(Engine, self.base).result()
         except Exception as error:  # whatever another mlx-vlm version does otherwise: its own generation serves then
             self.reason = f"this mlx-vlm is not known: {one_line(error)}"
         if self.reason is not None:
@@ -77,7 +81,7 @@ class OwnGeneration:
             return
         try:
             with self.lock:
-                self.ways[adapter.digest] = self.engine.way(adapter)
+                self.ways[adapter.digest] = self.thread.submit(self.engine.way, adapter).result()
         except (LoraError, ValueError, KeyError) as error:  # on modules besides the language model's projections
             self._say(f"{adapter.path}: {one_line(error)}")
 
@@ -121,6 +125,27 @@ class OwnGeneration:
         return head, prompt[len(head) : len(prompt) - len(tail)], tail
 
     def pieces(self, wanted: Wanted, adapter: Adapter | None, bound: bool) -> Iterator:
+        """Yield what `_pieces` yields, which is made in the engine's thread; closing it ends the answer."""
+        pieces, left = queue.SimpleQueue(), threading.Event()
+
+        def work():
+            try:
+                for piece in self._pieces(wanted, adapter, bound):
+                    pieces.put(piece)
+                    if left.is_set():
+                        return
+            finally:
+                pieces.put(None)
+
+        done = self.thread.submit(work)
+        try:
+            while (piece := pieces.get()) is not None:
+                yield piece
+        finally:
+            left.set()
+            done.result()
+
+    def _pieces(self, wanted: Wanted, adapter: Adapter | None, bound: bool) -> Iterator:
         """Yield mlx-vlm's results for a request, as its stream_generate does: a token each, and a last one.
 
         ``bound``: with --constrained the answer keeps to the grammar; else the grammar serves drafting alone.
@@ -167,7 +192,7 @@ class OwnGeneration:
 
     def whole(self, wanted: Wanted, adapter: Adapter | None, bound: bool):
         """Return mlx-vlm's result for a request, as its generate does."""
-        pieces = list(self.pieces(wanted, adapter, bound))
+        pieces = self.thread.submit(lambda: list(self._pieces(wanted, adapter, bound))).result()
         pieces[-1].text = "".join(piece.text for piece in pieces)
         return pieces[-1]
 

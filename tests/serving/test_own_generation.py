@@ -1,6 +1,7 @@
 """The service's requests answered by this package's own generation: the same as mlx-vlm's, and what is left to it."""
 
 import logging
+import threading
 
 import mlx_vlm
 import pytest
@@ -84,6 +85,25 @@ def test_answers_are_those_of_mlx_vlm(arm, photos, service, loaded, folder, phot
     assert [(p.text, p.token, p.finish_reason) for p in pieces] == [(p.text, p.token, p.finish_reason) for p in theirs]
     assert service.adapters.own.answered == 2 and not service.adapters.own.fallbacks
     assert hooks.service.adapters.own.health()["generation"]["in_use"]
+
+
+def test_every_request_may_come_in_a_thread_of_its_own(service, loaded, photo):
+    """MLX's streams belong to threads; a service's requests come in ever new ones."""
+    prompt, seen = formatted(loaded, sample_prompt("ansel")), []
+
+    def work(temperature):
+        for function in (mlx_vlm.generate, mlx_vlm.stream_generate):
+            for arm in ("base", "fine_tuned"):
+                found = ask(function, arm, *loaded, prompt, [photo], max_tokens=4, temperature=temperature)
+                texts = [piece.text for piece in found] if isinstance(found, list) else [found.text]
+                seen.append((temperature, arm, "".join(texts)))
+
+    for temperature in (0.0, 0.0, 1e-6):  # the last is mlx-vlm's to answer, over the same weights
+        thread = threading.Thread(target=work, args=(temperature,))
+        thread.start()
+        thread.join()
+    assert len(seen) == 12 and len({text for _, arm, text in seen if arm == "base"}) == 1
+    assert service.adapters.own.answered == 8
 
 
 def test_the_two_arms_differ(service, loaded, photo):
