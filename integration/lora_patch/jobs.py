@@ -167,12 +167,14 @@ class Recorder:
 
     def compare_prompt(self, prompt: str, advisor: str | None) -> str:
         """Say whether the service's prompt is the one that training builds from this database: as_trained or other."""
-        if self.path is None or not prompt or advisor is None:
+        if self.path is None or not prompt or advisor is None or time.monotonic() < self.not_before:
             return "unknown"
         try:
             with contextlib.closing(connect(self.path, "ro", WAIT)) as db:
+                db.execute("SELECT 1 FROM sqlite_master").fetchone()  # `read_prompts` takes a locked one for an old one
                 texts = read_prompts(db, advisor)
         except (sqlite3.Error, LoraError):
+            self.not_before = time.monotonic() + 2
             return "unknown"
         if None in texts:
             return "unknown"
