@@ -133,7 +133,8 @@ class _Example:
     """The answer that a prompt shows."""
 
     fields: dict[str, Any]  # of the object
-    dimensions: list[dict]  # each with its name, scores as written
+    names: list[str]  # of its dimensions
+    dimensions: list[dict]  # scores as written
     listed: bool  # as a list, else as an object keyed by name
     whole: bool  # without an ellipsis among the dimensions
     span: tuple[int, int]  # where it stands in the prompt
@@ -146,7 +147,7 @@ def read_specification(prompt: str, dimensions: str | None = None) -> PromptSpec
     """
     prompt = prompt[:_MAX_PROMPT]
     example = max(_examples(prompt), key=lambda e: (len(e.dimensions), len(e.fields)), default=None)
-    shown = [d["name"] for d in example.dimensions] if example else _names_in_pieces(prompt)
+    shown = example.names if example else _names_in_pieces(prompt)
     around = prompt[: example.span[0]] + "\n" + prompt[example.span[1] :] if example else prompt
     whole = example.whole if example else True
     names = _given(dimensions, shown) if dimensions else _asked_for(around, list(dict.fromkeys(shown)), whole)
@@ -168,13 +169,14 @@ def _examples(prompt: str) -> Iterator[_Example]:
             value = None
         dimensions = next((value[k] for k in SPELLINGS["dimensions"] if k in value), None) if value else None
         if isinstance(dimensions, dict):
-            entries = [{"name": name, **item} for name, item in dimensions.items() if isinstance(item, dict)]
+            named = [(name, item) for name, item in dimensions.items() if isinstance(item, dict)]
         else:
-            entries = [item for item in dimensions if isinstance(item, dict)] if isinstance(dimensions, list) else []
-            entries = [{**item, "name": name} for item in entries if (name := _name_of(item))]
+            items = [item for item in dimensions if isinstance(item, dict)] if isinstance(dimensions, list) else []
+            named = [(name, item) for item in items if (name := _name_of(item))]
         if dimensions is not None:
             whole = not _ELIDED.search(re.sub(r'"(?:[^"\\]|\\.)*+"', "", prompt[at:end]))
-            yield _Example(value, entries, not isinstance(dimensions, dict), whole, (at, end))
+            names, entries = [name for name, _ in named], [item for _, item in named]
+            yield _Example(value, names, entries, not isinstance(dimensions, dict), whole, (at, end))
         at = prompt.find("{", end if value is not None else at + 1)
 
 
@@ -253,6 +255,7 @@ def _asked_for(text: str, shown: list[str], whole: bool) -> tuple[str, ...]:
         return tuple(spelled.get(canonical_name(name), name) for name in max(fitting, key=len))
     says = f"asks for {wanted} dimensions" if wanted else "does not say which dimensions it asks for"
     shows = f"its example shows {', '.join(shown[:4])}{' alone' if len(shown) == 1 else ''}" if shown else "shows none"
+    shows = " ".join(shows.split())[:200]
     raise UnreadablePrompt(
         f"the prompt {says} and {shows}; name all of them in the prompt's order: --dimensions NAME,NAME,..."
     )

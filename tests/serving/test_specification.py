@@ -45,6 +45,13 @@ def test_an_answer_has_the_prompts_keys_scores_and_spelling():
     assert f'"score":{dimensions["Composition"]["score"]}.0' in decimal and '"overall_score":' in decimal
 
 
+def test_a_dimension_may_be_named_under_another_key():
+    specification = read_specification(example(SIX).replace('"name"', '"dimension"').replace('"comment"', '"feedback"'))
+    written = json.loads(specification.render(analysis(1)))
+    assert [list(d) for d in written["dimensions"]] == [["dimension", "score", "feedback", "recommendation"]] * 6
+    assert specification.check(json.dumps(written)) == []
+
+
 def test_keys_beyond_the_usual_travel():
     prompt = "quote_id is OPTIONAL." + example(SIX, case_studies=["IMG_1"]).replace(
         '"score"', '"quote_id": "Q", "score"'
