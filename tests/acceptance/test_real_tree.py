@@ -20,10 +20,12 @@ from pathlib import Path
 import pytest
 
 from integration.lora_patch.prompts import build_prompt
+from integration.lora_patch.specification import PromptSpecification
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = Path(os.environ["MONDRIAN"]).resolve()
 HELD_BACK = ("lora", "fine_tuned")
+OLDER_ERA_LACKS = ("key_strengths", "priority_improvements", "technical_notes")
 
 
 def run(script: str, *arguments: object, ok: bool = True) -> str:
@@ -118,6 +120,7 @@ def test_no_photograph_is_on_both_sides(linked):
     folder = linked[2]
     for advisor in sorted({row["advisor"] for row in linked[0]}):
         options = ("--advisor", advisor, "--manifest", folder / "training_data_manifest.jsonl", "--keep", "all")
+        options += ("--accept_copied_scores",)
         run("prepare_training_data.py", *options, "--output_dir", folder, ok=False)
         sides = [folder / f"training_data_{advisor}_{side}.jsonl" for side in ("train", "val")]
         if not sides[0].exists():  # a single photograph cannot be split, which the script must refuse
@@ -130,3 +133,17 @@ def test_no_photograph_is_on_both_sides(linked):
 
 def digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_prepared_responses_are_what_their_prompt_demands(linked):
+    """But for keys that the analysis never had (the HTML of the older era has neither strengths nor notes)."""
+    folder, seen = linked[2], 0
+    for meta in sorted(folder.glob("training_data_*_meta.json")):
+        specification = PromptSpecification.from_dict(json.loads(meta.read_text(encoding="utf-8"))["specification"])
+        for side in ("train", "val"):
+            for row in rows(meta.with_name(meta.name.replace("_meta.json", f"_{side}.jsonl"))):
+                problems = set(specification.check(row["response"]))
+                lacking = {key for key in OLDER_ERA_LACKS if f'"{key}":' not in row["response"]}
+                assert problems == {f"{key} is missing" for key in lacking}, row["job_id"]
+                seen += 1
+    assert seen
