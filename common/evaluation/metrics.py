@@ -204,7 +204,7 @@ def _columns(photographs: list[list[dict]], arm: str, constant: dict | None) -> 
     found["overall.mean"] = _column(overall)
     found["first outputs"] = firsts = [group[0] for group in outputs if group]
     grams = [scoring.trigrams(scoring.plain_words(o["verdict"]["analysis"], o["text"])) for o in firsts]
-    found["similarity"] = np.array([[scoring.similarity(one, other) for other in grams] for one in grams])
+    found["similarity"] = scoring.similarities(grams)
     if arm == REFERENCE:
         return found
     found["scores.unread"] = _column([[value is None for value in group] for group in overall])

@@ -252,6 +252,20 @@ def similarity(one: frozenset, other: frozenset) -> float:
     return len(one & other) / len(one | other) if one or other else 1.0
 
 
+def similarities(texts: list[frozenset]) -> np.ndarray:
+    """Return the `similarity` of every two of n sets of trigrams, float [n, n]."""
+    from scipy.sparse import csr_array
+
+    number = {gram: at for at, gram in enumerate(frozenset().union(*texts))}
+    columns = [number[gram] for grams in texts for gram in grams]
+    sizes = np.array([len(grams) for grams in texts], dtype=float)
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
+    held = csr_array((np.ones(len(columns)), columns, starts), shape=(len(texts), max(1, len(number))))
+    shared = (held @ held.T).toarray()
+    either = sizes[:, None] + sizes - shared
+    return np.divide(shared, either, out=np.ones_like(shared), where=either > 0)
+
+
 def advisor_terms(prompt: str) -> list[str]:
     """Return the advisor's vocabulary: the content words that only the advisor's part of a prompt has.
 

@@ -270,6 +270,14 @@ def test_unreadable_output_overlaps_nothing():
     assert (found["comments"], found["description"], found["scores"], found["vocabulary"]) == (0, 0, {}, None)
 
 
+def test_similarities_are_those_of_each_pair():
+    texts = ["the light falls on the lake", "the light falls on a hill", "", "two words", "the light falls on the lake"]
+    grams = [judge.trigrams(judge.words(text)) for text in texts]
+    wanted = [[judge.similarity(one, other) for other in grams] for one in grams]
+    assert judge.similarities(grams) == pytest.approx(np.array(wanted))
+    assert judge.similarities([]).shape == (0, 0)
+
+
 def test_same_advice_is_a_fault_of_content_not_of_format():
     repeated = analysis()
     repeated["dimensions"][4]["recommendation"] = repeated["dimensions"][1]["recommendation"]
