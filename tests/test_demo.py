@@ -1,6 +1,7 @@
 """The sample is what it says it is, and the four scripts run on it one after another as the README types them."""
 
 import json
+import re
 import sqlite3
 from pathlib import Path
 
@@ -172,3 +173,13 @@ def test_a_model_is_made_alike_from_its_seed_and_told_apart_from_another(make_ti
     assert [name for name in names if (again / name).read_bytes() != (tiny_base / name).read_bytes()] == []
     errors, _ = compare_fingerprints(base_fingerprint(tiny_base, "one"), base_fingerprint(other, "other"))
     assert errors
+
+
+def test_the_readme_shows_what_the_demo_prints():
+    """Step by step and figure by figure; numbers are those of one run."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = next(block for block in re.findall(r"```\n(.*?)```", text, re.S) if block.startswith("The pipeline on a"))
+    code = (ROOT / "tests/sample/demo.py").read_text(encoding="utf-8")
+    steps = re.findall(r'(?:self\.run\(\s*|self\._answer\(service, )"([a-z ]+)"', code)
+    assert re.findall(r"^  \d ([a-z]+(?: [a-z]+)?) ", block, re.M) == steps
+    assert [line.strip() for line in re.findall(r"^  (\D.{45}) ", block, re.M)] == [title for _, title, _ in FIGURES]
