@@ -25,8 +25,8 @@ def analysis_problem(text: str | None, prompt: str = "") -> str | None:
 
 
 def parse_analysis(text: str) -> dict | None:
-    """Return the JSON object in an answer, or None."""
-    text = re.sub(r"<(think|thought|thinking)>.*?</\1>", "", text, flags=re.S)
+    """Return the JSON object in an answer, or None; one that is longer than 100,000 characters is none."""
+    text = re.sub(r"<(think|thought|thinking)>.*?</\1>", "", text[:100_000], flags=re.S)
     start, end = text.find("{"), text.rfind("}")
     if not 0 <= start < end:
         return None

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from .errors import LoraError, one_line
 from .flags import flags
 from .log import say
 from .prompts import demands_html, read_specification
+from .streams import Worker
 
 SENTINEL = "\ufdd0"  # a character that no text may hold (Unicode 23.7): where a template puts the prompt
 WITHOUT_EFFECT = ("top_p", "top_k", "min_p", "seed", "prefill_step_size", "verbose")  # on one greedy answer
@@ -48,7 +48,7 @@ class OwnGeneration:
     def __init__(self):
         self.lock = threading.Lock()  # mlx-vlm keeps state in the model, and the engine answers one by one
         # MLX's streams, and what was compiled for them, belong to a thread: all of the engine's work is done in one
-        self.thread = ThreadPoolExecutor(1, "lora_patch")
+        self.thread = Worker()
         self.engine = self.base = None  # an engine.Engine, a vlm.Base
         self.reason: str | None = "the model is not loaded yet"  # why it serves nothing
         self.ways: dict[str, str] = {}  # digest of each adapter that it can serve -> how its update is applied
@@ -181,6 +181,8 @@ class OwnGeneration:
         grammar = self.grammar(wanted.text)
         request = Request(row, "", grammar=grammar if bound and flags.constrained else None, schema=grammar)
         for token in self.engine.stream(request, wanted.max_tokens, adapter):
+            if self.thread.closing:
+                break
             begun = begun or time.perf_counter()
             tokens.append(token)
             detokenizer.add_token(token)

@@ -1,10 +1,13 @@
 """Hand the pieces of an answer to whoever reads them, from a thread of its own: a slow reader holds up nobody."""
 
+import atexit
+import contextlib
 import contextvars
 import copy
 import queue
 import threading
 import time
+from concurrent.futures import Future
 
 STALLED = 30.0  # seconds; a reader who takes nothing for so long while pieces wait is cut off
 _END = object()
@@ -65,3 +68,39 @@ def with_text(piece, text: str):
     changed = copy.copy(piece)
     object.__setattr__(changed, "text", text)
     return changed
+
+
+class Worker:
+    """One thread that does what it is given, one after another; MLX's streams belong to the thread that made them.
+
+    When the interpreter ends it is given up to five seconds to leave MLX: a thread that is stopped inside it would
+    abort the process. Long work looks at ``closing``.
+    """
+
+    def __init__(self):
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()
+        self.closing = False
+        self.thread: threading.Thread | None = None
+
+    def submit(self, function, *arguments) -> Future:
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._work, name="lora_patch", daemon=True)
+            self.thread.start()
+            atexit.register(self.close)
+        done = Future()
+        self.waiting.put((done, function, arguments))
+        return done
+
+    def close(self) -> None:
+        self.closing = True
+        with contextlib.suppress(TimeoutError):
+            self.submit(int).result(timeout=5)
+
+    def _work(self) -> None:
+        while True:
+            done, function, arguments = self.waiting.get()
+            try:
+                done.set_result(function(*arguments))
+            except BaseException as error:
+                done.set_exception(error)
+            del done, function, arguments  # what an answer needed goes with it

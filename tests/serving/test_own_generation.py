@@ -1,7 +1,10 @@
 """The service's requests answered by this package's own generation: the same as mlx-vlm's, and what is left to it."""
 
 import logging
+import subprocess
+import sys
 import threading
+import time
 
 import mlx_vlm
 import pytest
@@ -104,6 +107,35 @@ def test_every_request_may_come_in_a_thread_of_its_own(service, loaded, photo):
         thread.join()
     assert len(seen) == 12 and len({text for _, arm, text in seen if arm == "base"}) == 1
     assert service.adapters.own.answered == 8
+
+
+def test_a_service_that_ends_while_it_answers_ends_at_once(tmp_path, tiny_base, folder, photo):
+    """Neither an abort inside MLX (-6) nor a wait for the answer's end."""
+    code = """if True:
+        import sys, threading, time, mlx_vlm
+        base, folder, photo = sys.argv[1:]
+        from integration.lora_patch import hooks
+        from integration.lora_patch.flags import flags
+        flags.lora_path, flags.model_mode, flags.fallback_on_invalid = folder, "fine_tuned", False
+        model, processor = hooks.attach(mlx_vlm.load(base), base)
+        prompt = mlx_vlm.apply_chat_template(processor, model.config, "Say much.", num_images=1)
+        def work():
+            pieces = hooks.generation(mlx_vlm.stream_generate)(
+                model, processor, prompt, [photo], max_tokens=10**6, temperature=0.0)
+            for piece in pieces:
+                print("piece", flush=True)
+        threading.Thread(target=work, daemon=True).start()
+        sys.stdin.readline()
+        sys.exit(3)
+    """
+    command = [sys.executable, "-c", code, str(tiny_base), str(folder), photo]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "piece\n"
+    started = time.monotonic()
+    _, said = process.communicate("\n", timeout=60)
+    assert process.returncode == 3 and time.monotonic() - started < 10, said
 
 
 def test_the_two_arms_differ(service, loaded, photo):
