@@ -56,7 +56,7 @@ from common.files import find_input
 @click.option("--train_split", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="share of the photographs to train on  [default: 0.8]")  # fmt: skip  # noqa: E501
 @click.option("--val_split", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="share to validate on  [default: 0.2]")  # fmt: skip  # noqa: E501
 @click.option("--seed", default=42, show_default=True, help="another seed, another split")
-@click.option("--duplicate_distance", default=DISTANCE, show_default=True, type=click.IntRange(0, 16), help="how far near-duplicates may differ: their detail must agree by 1 - distance/25; 0: identical pictures only")  # fmt: skip  # noqa: E501
+@click.option("--duplicate_distance", default=DISTANCE, show_default=True, type=click.IntRange(0, 16), help="how far near-duplicates may differ: their detail must agree by 1 - distance/50; 0: identical pictures only")  # fmt: skip  # noqa: E501
 @click.option("--split_record", type=click.Path(path_type=Path), help="file that remembers each photograph's side  [default: training_data_ADVISOR_split.json in output_dir]")  # fmt: skip  # noqa: E501
 @click.option("--resplit", is_flag=True, help="forget which side photographs had in earlier rounds")
 @option_group("Lengths")

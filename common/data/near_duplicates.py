@@ -39,6 +39,7 @@ _SIMILAR = 0.75  # cosine from which two pictures are candidates: 98.8% of copie
 _BLOCK = 64  # pictures compared with all others at a time
 _TRIES = 2  # ways to turn and mirror a candidate that are tried
 _NOISE = 1.0  # strength of detail, in the thumbnail's levels, that may be noise of its making
+_MOVED = 0.11  # share of a side that registration may move a corner: more is no crop of 10% or tilt of 3 degrees
 _OVERLAP = 0.6  # share of the thumbnail that both pictures must show
 
 
@@ -199,6 +200,10 @@ def _registered(one: np.ndarray, other: np.ndarray, start: np.ndarray, steps: in
         end = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, steps, 1e-3)
         with contextlib.suppress(cv2.error):  # which says that it does not converge
             place = cv2.findTransformECC(one, other, start.copy(), cv2.MOTION_AFFINE, end, None, 5)[1]
+            corners = np.array([[0, 1, 0, 1], [0, 0, 1, 1]]) * len(one)
+            moved = (place - start)[:, :2] @ corners + (place - start)[:, 2:]
+            if np.abs(moved).max() > _MOVED * len(one):
+                return found
             found = max(found, (place, _overlaid(one, other, place)), key=lambda item: item[1])
     return found
 
@@ -246,7 +251,7 @@ def _start(crop: int) -> np.ndarray:
 def near_pairs(thumbs: list[bytes], distance: int = DISTANCE) -> list[tuple[int, int]]:
     """Return index pairs of near-duplicates: enough of them to connect every group, not all within a group.
 
-    ``distance`` says how far pictures may differ: their detail must agree by 1 - distance / 25. 0 leaves only
+    ``distance`` says how far pictures may differ: their detail must agree by 1 - distance / 50. 0 leaves only
     thumbnails that are the same in every byte.
     """
     first: dict[bytes, int] = {}
@@ -262,7 +267,7 @@ def near_pairs(thumbs: list[bytes], distance: int = DISTANCE) -> list[tuple[int,
     frames = data[:, 4 * _HEAD :].reshape(-1, SIDE, SIDE)
     flat, textured = np.flatnonzero(heads[:, 1] < FLAT), np.flatnonzero(heads[:, 1] >= FLAT)
     pairs += [(int(owners[flat[one]]), int(owners[flat[two]])) for one, two in _flat_pairs(heads[flat])]
-    found = _textured_pairs(frames[textured], is_outer[textured], owners[textured], 1 - distance / 25)
+    found = _textured_pairs(frames[textured], is_outer[textured], owners[textured], 1 - distance / 50)
     return pairs + [(int(owners[textured[one]]), int(owners[textured[two]])) for one, two in found]
 
 

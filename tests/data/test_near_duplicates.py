@@ -155,7 +155,7 @@ def test_the_distance_says_how_much_detail_must_agree():
     other = Image.blend(image, photo(2), 0.4)
     thumbs = {"a": thumb(image), "b": thumb(image), "c": thumb(image, quality=60), "d": thumb(other)}
     assert group_photos(thumbs, 0) == [["a", "b"], ["c"], ["d"]]
-    assert group_photos(thumbs, 2) == [["a", "b", "c"], ["d"]]
+    assert group_photos(thumbs, 4) == [["a", "b", "c"], ["d"]]
     assert group_photos(thumbs, 16) == [["a", "b", "c", "d"]]
 
 
