@@ -7,12 +7,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from common.errors import UserError
 from common.evaluation.expected_scores import DIGITS, expected_scores
 from common.evaluation.generations import Item
 from common.model.step import collate, loss_only
 from integration.lora_patch import engine, vlm
 from integration.lora_patch.adapters import as_uniform, read_adapter
 from integration.lora_patch.engine import Answer, Engine, Request, prompt_row
+from integration.lora_patch.errors import LoraError
 from integration.lora_patch.grammar import Grammar, answer_schema
 from integration.lora_patch.photo import load_photo
 from integration.lora_patch.phrasebook import PHRASEBOOK, read_phrasebook
@@ -56,7 +58,12 @@ class ModelSource:
 
     def _load(self, arm: str, folder: Path) -> vlm.Adapter:
         start = time.perf_counter()
-        tensors, rank, scale = as_uniform(read_adapter(adapter_in(folder)).layers)
+        try:
+            layers = read_adapter(adapter_in(folder)).layers
+        except LoraError as error:  # the service has an option for what an old file does not tell; here it is converted
+            asked, convert = "say which with", "convert it first with python -m common.release.adapter convert"
+            raise UserError(str(error).replace(asked, convert)) from error
+        tensors, rank, scale = as_uniform(layers)
         adapter = vlm.build_adapter(self.base, _evened(self.base, tensors, rank), rank, scale * rank)
         adapter.phrasebook = read_phrasebook(folder / PHRASEBOOK)
         self.load_seconds[arm] = time.perf_counter() - start

@@ -26,11 +26,17 @@ def main() -> None:
     pass
 
 
+lora_scale_option = click.option(
+    "--lora_scale", type=float, help="scale of an adapter of an older mlx-vlm, whose files do not tell it"
+)
+
+
 @main.command(cls=ScriptCommand)
 @click.argument("lora_path", type=click.Path(path_type=Path))
-def check(lora_path: Path) -> None:
+@lora_scale_option
+def check(lora_path: Path, lora_scale: float | None) -> None:
     """Say what is in an adapter folder; exit 1 when it is not whole."""
-    adapter = read_adapter(adapter_in(lora_path))
+    adapter = read_adapter(adapter_in(lora_path), lora_scale)
     both = [name for name in (PEFT_WEIGHTS, MLX_WEIGHTS) if (lora_path / name).is_file()]
     ranks, scales = ({*values} for values in (adapter.ranks, (scale for _, _, scale in adapter.layers.values())))
     click.echo(
@@ -47,7 +53,7 @@ def _listed(values: set[float]) -> str:
 @main.command(cls=ScriptCommand)
 @click.option("--lora_path", type=click.Path(path_type=Path), required=True, help="adapter of PEFT or of mlx-vlm")
 @click.option("--output_dir", type=click.Path(path_type=Path), required=True, help="folder for both; must be new")
-@click.option("--lora_scale", type=float, help="scale of an adapter of an older mlx-vlm, whose files do not tell it")
+@lora_scale_option
 def convert(lora_path: Path, output_dir: Path, lora_scale: float | None) -> None:
     """Write an adapter made for PEFT or for mlx-vlm alone in the form that both read."""
     adapter = read_adapter(adapter_in(lora_path), lora_scale)

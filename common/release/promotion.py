@@ -62,9 +62,9 @@ class Rule:
 def gate_change(gate: Gate) -> str | None:
     """Say how a gate differs from its default; None where it does not."""
     default = {gate.name: gate for gate in DEFAULT_GATES}.get(gate.name)
-    if not gate.enabled:
-        return f"gate {gate.name} was switched off"
-    if default and gate.bound != default.bound:
+    if gate.enabled != (default.enabled if default else True):
+        return f"gate {gate.name} was switched {'on' if gate.enabled else 'off'}"
+    if default and gate.enabled and gate.bound != default.bound:
         texts = (bound_text(vars(which)) for which in (gate, default))
         return "gate {} was {}, where the default is {}".format(gate.name, *texts)
     return None

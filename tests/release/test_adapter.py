@@ -351,3 +351,23 @@ def test_evaluate_takes_them_too(irregular, tiny_base, tmp_path):
     assert result.exit_code in (1, 3, 4), result.output  # judged: a random adapter meets no gate
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["summary"]["differences"]["candidate-base"]["loss.nats"]["value"] != 0
+
+
+def test_an_older_mlx_vlm_s_adapter_is_converted_by_the_scale_that_is_named(made, tiny_base, tmp_path):
+    """Names ending in .A and .B, and a config of rank and alpha, which may mean alpha or alpha / rank."""
+    _, tensors, _ = made
+    folder = tmp_path / "old"
+    folder.mkdir()
+    ending = {"lora_a": "A", "lora_b": "B"}
+    old = {f"{name.rpartition('.')[0]}.{ending[name.rpartition('.')[2]]}": tensor for name, tensor in tensors.items()}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), old)
+    write_json(folder / "adapter_config.json", {"rank": RANK, "alpha": ALPHA})
+    asked = run("convert", "--lora_path", folder, "--output_dir", tmp_path / "both")
+    assert asked.exit_code == 1 and "--lora_scale 8 or 2" in asked.output and not (tmp_path / "both").exists()
+    _, val = make_data(tmp_path, 5, 1)
+    judged = evaluate("--lora_path", folder, "--base_model", tiny_base, "--val_data", val, "--max_tokens", 8)
+    assert judged.exit_code == 1
+    assert "convert it first with python -m common.release.adapter convert --lora_scale 8 or 2" in judged.output
+    assert run("convert", "--lora_path", folder, "--output_dir", tmp_path / "both", "--lora_scale", 2).exit_code == 0
+    read, rank, scale = as_uniform(read_adapter(adapter_in(tmp_path / "both")).layers)
+    assert (rank, scale) == (RANK, 2.0) and all(mx.array_equal(read[name], tensors[name]) for name in tensors)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from common.errors import UserError
 from common.evaluation import comparison, gates
 from common.files import read_json, sha256_file, write_json, write_jsonl
 from common.release import promotion, rounds
@@ -425,3 +426,33 @@ def test_round_that_was_interrupted_goes_on_with_its_version(work, phases, tiny_
     assert "Round for ansel: v4" in result.output and 5 not in _all(work)
     assert "the training data are those of v4" not in result.output
     assert not (work / "models" / "ansel" / "round.json").exists()
+
+
+def test_two_advisors_in_one_folder_share_no_file(work, tiny_base, monkeypatch):
+    """Each phase is told names of the advisor's own for all that it writes."""
+    written = {}
+
+    def record(title, script, arguments, more, **rest):
+        given = dict(zip(arguments[::2], arguments[1::2], strict=False))
+        named = {
+            key: given[key] for key in ("--output_file", "--manifest", "--train_data", "--val_data") if key in given
+        }
+        named |= {key: given[key] for key in ("--output_report",) if key in given}
+        if script != "link_training_data.py" and script != "prepare_training_data.py":
+            named["folder"] = given.get("--output_dir") or given["--lora_path"]
+        written.setdefault(given.get("--advisor") or advisor, []).extend(map(str, named.values()))
+        if script == "train_mlx_lora.py":
+            Path(given["--output_dir"]).mkdir()
+            (Path(given["--output_dir"]) / ".trained").touch()
+
+    monkeypatch.setattr(rounds, "_run", record)
+    monkeypatch.setattr(rounds, "refuse_held_out", lambda *given: None)
+    monkeypatch.setattr(rounds, "_tell_unchanged", lambda *given: None)
+    for advisor in ("ansel", "mary.ellen"):
+        options = rounds.RoundOptions(advisor=advisor, work=work, base_model=str(tiny_base))
+        with pytest.raises(UserError, match="evaluation wrote no report"):
+            rounds.run_round(options)
+    ansel, mary = (set(written[advisor]) for advisor in ("ansel", "mary.ellen"))
+    assert len(ansel) == len(mary) == 6 and not ansel & mary
+    assert "training_data_mary.ellen_manifest.jsonl" in mary
+    assert str(work / "models" / "qwen3-vl-4b-lora-mary.ellen") in mary
