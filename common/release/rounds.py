@@ -10,8 +10,8 @@ import click
 
 from common.errors import UserError, refuse
 from common.evaluation.comparison import read_report
+from common.evaluation.gates import failed
 from common.files import read_json, read_rows, sha256_file, write_json
-from common.release.listing import in_use_sentence
 from common.release.promotion import Rule, ensure_record, keep_report, locked, promote
 from common.tables import counted
 from integration.lora_patch.versions import (
@@ -19,6 +19,7 @@ from integration.lora_patch.versions import (
     deployed_folder,
     find_versions,
     parse_folder,
+    read_record,
     record_path,
     version_folder,
 )
@@ -121,8 +122,12 @@ def _decide(options: RoundOptions, number: int, report: Path) -> tuple[str, int]
     opening = f"{name} of {advisor} was trained on {counted(trained, 'example')} and judged on {photographs}"
     if not verdict["promotable"]:
         kept, _ = keep_report(models, advisor, number, report)
-        reasons = " ".join(f"{reason}." for reason in (*verdict["failed"], *verdict["decides"]))
-        text = f"{opening}; it is not promoted. {reasons} {in_use_sentence(models, advisor)}"
+        blocking = failed(found["gates"], options.rule.strict)
+        settles = "; ".join(dict.fromkeys(row["decides"] for row in blocking if row["decides"]))
+        record = read_record(place)
+        stays = record["version"] if record and record["adapter"] else "the base alone"
+        text = f"{opening}; it is not promoted, {stays} stays in use. {'. '.join(verdict['failed'])}."
+        text += f" What would settle or mend it: {settles}." if settles else ""
         return f"{text} Report: {kept.with_suffix('.html')}", verdict["exit_code"]
     record, _ = promote(models, advisor, number, report, options.rule)
     doubt = "".join(f" {sentence}." for sentence in verdict["decides"])

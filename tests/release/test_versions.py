@@ -272,7 +272,7 @@ def test_round_keeps_the_version_in_use_when_a_gate_fails(work, phases, tiny_bas
     assert result.exit_code == 4 and not result.stderr
     told = " ".join(result.output.split("\n\n")[-1].split())
     assert told.startswith("v4 of ansel was trained on 3 examples and judged on 10 held-out photographs; it is not")
-    assert "Validation loss not worse than deployed: fail" in told and "v1 is in use since" in told
+    assert "Validation loss not worse than deployed: fail" in told and "not promoted, v1 stays in use" in told
     assert told.endswith(".html")
     assert record(work)["version"] == "v1"
     assert list((work / "models" / "ansel" / "reports").glob("v4-*.html"))
@@ -289,7 +289,7 @@ def test_version_that_was_never_promoted_is_not_written_down_as_in_use(work, pha
     given = next(arguments for script, arguments, _ in phases["commands"] if script == "evaluate_lora.py")
     assert given[given.index("--deployed") + 1] == "none"
     if climb > 0:
-        assert result.exit_code == 4 and "has the service answer with the base alone" in " ".join(result.output.split())
+        assert result.exit_code == 4 and "not promoted, the base alone stays in use" in " ".join(result.output.split())
         assert record(work)["adapter"] is None
     else:
         assert result.exit_code == 0 and record(work)["version"] == "v2"
