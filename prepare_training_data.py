@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from common.cli import PhaseCommand, command_line, next_step, option_group, print_settings
+from common.cli import PhaseCommand, command_line, next_step, option_group, print_settings, write_config
 from common.data.candidates import choose_advisor, judge_all, open_manifest
 from common.data.card import write_card
 from common.data.near_duplicates import DISTANCE
@@ -84,6 +84,7 @@ def main(manifest, advisor, output_dir, dry_run, **given):
     if dry_run:
         click.echo(f"\nDry run: nothing written; would write {', '.join(path.name for path in paths.values())}")
         return
+    write_config(output_dir / f"training_data_{advisor}_config.yaml", leave_out=("dry_run", "resplit"))
     meta = meta_of(task, arrangement, options, lengths, warnings)
     write_card(paths["card"], task, arrangement, lengths, meta)
     write_set(paths, task, arrangement, options, meta)

@@ -1,5 +1,6 @@
 """The sample is what it says it is, and the four scripts run on it one after another as the README types them."""
 
+import importlib
 import json
 import re
 import sqlite3
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from PIL import Image
 
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
@@ -29,10 +31,35 @@ def test_the_four_scripts_write_what_is_documented(worked):
         "models/qwen3-vl-4b-lora-ansel/adapter_model.safetensors",
         "models/qwen3-vl-4b-lora-ansel/training_args.json",
         "models/qwen3-vl-4b-lora-ansel/training_log.jsonl",
+        "models/qwen3-vl-4b-lora-ansel/config.yaml",
+        "training_data/training_data_manifest_config.yaml",
+        "training_data/training_data_ansel_config.yaml",
+        "evaluation/comparison_report_config.yaml",
         "evaluation/comparison_report.json",
         "evaluation/comparison_report.html",
     ]
     assert [name for name in written if not (folder / name).is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("script", "config"),
+    [
+        ("link_training_data", "training_data/training_data_manifest_config.yaml"),
+        ("prepare_training_data", "training_data/training_data_ansel_config.yaml"),
+        ("train_mlx_lora", "models/qwen3-vl-4b-lora-ansel/config.yaml"),
+        ("evaluate_lora", "evaluation/comparison_report_config.yaml"),
+    ],
+)
+def test_the_options_that_a_run_wrote_are_taken_again(worked, script, config):
+    command = importlib.import_module(script).main
+    context = command.make_context(script, ["--config", str(worked[0] / config)])
+    written = yaml.safe_load((worked[0] / config).read_text(encoding="utf-8"))
+    assert len(written) >= 7
+    for param in command.params:
+        name = max(param.opts, key=len).lstrip("-")
+        if name in written:
+            value = context.params[param.name]
+            assert str(list(value) if isinstance(value, tuple) else value) in (str(written[name]), f"{written[name]}.0")
 
 
 def test_every_job_of_the_sample_is_linked_or_has_its_reason(worked):
