@@ -10,13 +10,14 @@ from click.testing import CliRunner, Result
 from common.dataset import triplet_row
 from common.files import sha256_file, write_json, write_jsonl
 from common.model.lora import attach_lora, lora_parameters
-from common.model.step import collate, loss_and_grads
+from common.model.step import collate
 from common.training.adapter_files import adapter_config, write_adapter
 from evaluate_lora import main
 from integration.lora_patch import vlm
 from integration.lora_patch.analysis import compact_json
 from integration.lora_patch.fingerprint import base_fingerprint
 from integration.lora_patch.photo import load_photo
+from tests.lora import loss_and_grads
 from tests.sample import scenes
 from tests.sample.make_tree import sample_prompt
 

@@ -54,15 +54,3 @@ def lora_parameters(model: nn.Module) -> dict[str, mx.array]:
     """Return {"language_model.model.layers.0.self_attn.q_proj.lora_a": float32 [in, r], ... "lora_b": [r, out]}."""
     modules = adapter_of(model).modules
     return {f"{name}.{part}": module[part] for name, module in modules.items() for part in ("lora_a", "lora_b")}
-
-
-def update_lora(model: nn.Module, parameters: dict[str, mx.array]) -> None:
-    """Put new values (names as in `lora_parameters`) in place; raises KeyError or ValueError on a mismatch."""
-    modules = adapter_of(model).modules
-    for full, value in parameters.items():
-        name, part = full.rsplit(".", 1)
-        if part not in ("lora_a", "lora_b"):
-            raise KeyError(full)
-        if modules[name][part].shape != value.shape:
-            raise ValueError(f"{full}: shape {value.shape} instead of {modules[name][part].shape}")
-        modules[name][part] = value

@@ -177,27 +177,6 @@ def unpack_lora(model: nn.Module, vector: mx.array | np.ndarray) -> dict[str, mx
 # -- loss and gradients -----------------------------------------------------------------------------------------------
 
 
-def loss_and_grads(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    checkpointing: bool = False,
-    seed: tuple[int, ...] | None = None,
-    grads: dict[str, mx.array] | None = None,
-) -> tuple[mx.array, int, dict[str, mx.array]]:
-    """Return (summed cross-entropy float32 [], supervised tokens, gradients of that sum by parameter name, float32).
-
-    ``seed`` names the dropout masks (run, step, micro-batch ...); None switches dropout off. ``grads`` are added to.
-    ``checkpointing`` keeps only the inputs of each layer's two halves, for a fifth more time.
-    """
-    vector = pack_lora(model)
-    loss, n, new = packed_loss_and_grads(model, batch, vector, checkpointing=checkpointing, seed=seed)
-    new = unpack_lora(model, new)
-    if grads is not None:
-        new = {name: grads[name] + g for name, g in new.items()}
-    return loss, n, new
-
-
 def packed_loss_and_grads(
     model: nn.Module,
     batch: Batch,
@@ -207,7 +186,12 @@ def packed_loss_and_grads(
     seed: tuple[int, ...] | None = None,
     grads: mx.array | None = None,
 ) -> tuple[mx.array, int, mx.array]:
-    """The same for an adapter given as one vector (`pack_lora`), which the gradients come back as."""
+    """Return (summed cross-entropy float32 [], supervised tokens, gradient of that sum, a vector like ``vector``).
+
+    ``vector``: the adapter, float32 (`pack_lora`). ``seed`` names the dropout masks (run, step, micro-batch ...); None
+    switches dropout off. ``checkpointing`` keeps only the inputs of each layer's two halves, for a fifth more time.
+    ``grads`` are added to.
+    """
     parts = decoder(model)
     queue = _Queue()
     x, kept, noise, lora = _run_forward(parts, batch, vector, "inputs" if checkpointing else "all", seed, queue)

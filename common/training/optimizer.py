@@ -22,7 +22,8 @@ class AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with bias correction, in float32.
 
     All parameters are one vector (`step.pack_lora`): one kernel an operation instead of one for each of the
-    hundreds of LoRA matrices, and one tensor a moment in a checkpoint.
+    hundreds of LoRA matrices, and one tensor a moment in a checkpoint. mlx.optimizers.AdamW over the same vector rounds
+    otherwise in the last digit, and with what leaves a step out it takes 39 primitives instead of 35.
     """
 
     def __init__(

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import click
 import mlx.core as mx
 
-from common.model.lora import lora_parameters
-from common.model.step import collate, loss_and_grads, round_up
+from common.model.step import collate, pack_lora, packed_loss_and_grads, round_up
 from common.training.data_loader import steps_per_epoch
 from common.training.log import clock
 from common.training.memory import (
@@ -87,16 +86,17 @@ def limit_cache(options: TrainingOptions, shape: Shape, device: Device, layout: 
 
 def print_plan(options: TrainingOptions, base: Base, layout: Layout, train: Prepared, val: Prepared | None) -> None:
     """Run a few steps on the longest rows and print time, measured memory, adapter size and parameters."""
-    trainable = sum(tensor.size for tensor in lora_parameters(base.model).values())
     itemsize = base.model.language_model.model.norm.weight.dtype.size
     order = sorted(range(len(train)), key=lambda index: -train.lengths[index])
     probes = [order[: layout.micro]] * 2 + [order[len(order) // 2 :][: layout.micro]]  # the first one compiles
+    vector = pack_lora(base.model)
+    trainable = vector.size
     mx.reset_peak_memory()
     seconds = tokens = 0.0
     for number, probe in enumerate(probes):
         started = time.perf_counter()
         batch = collate(base.model, train.rows(probe), layout.multiple)
-        mx.eval(loss_and_grads(base.model, batch, checkpointing=layout.checkpointing, seed=(0, number)))
+        mx.eval(packed_loss_and_grads(base.model, batch, vector, checkpointing=layout.checkpointing, seed=(0, number)))
         if number:
             seconds += time.perf_counter() - started
             tokens += sum(round_up(train.lengths[index], layout.multiple) for index in probe)

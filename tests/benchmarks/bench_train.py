@@ -301,8 +301,9 @@ def load_mlx(folder: Path, dropout: float = 0.0, bits: int | None = None):
     import mlx.core as mx
     import mlx.nn as nn
 
-    from common.model.lora import attach_lora, update_lora
+    from common.model.lora import attach_lora
     from integration.lora_patch.vlm import group_weights, load_base
+    from tests.lora import update_lora
 
     base = load_base(folder / "base")
     if bits:

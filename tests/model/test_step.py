@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from common.model import kernels, layer, step
-from common.model.lora import attach_lora, lora_parameters, update_lora
-from common.model.step import collate, loss_and_grads, loss_only, pack_lora, packed_loss_and_grads, unpack_lora
+from common.model.lora import attach_lora, lora_parameters
+from common.model.step import collate, loss_only, pack_lora, packed_loss_and_grads, unpack_lora
 from integration.lora_patch.vlm import (
     TARGET_MODULES,
     Base,
@@ -21,6 +21,7 @@ from integration.lora_patch.vlm import (
     prepare_row,
     set_adapter,
 )
+from tests.lora import loss_and_grads, update_lora
 
 RESPONSES = ("0123456789" * 4, "A calm photograph. 7 8 9", "5" * 70)
 

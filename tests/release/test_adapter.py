@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from common.errors import UserError
 from common.files import write_json
-from common.model.lora import attach_lora, lora_parameters, update_lora
+from common.model.lora import attach_lora, lora_parameters
 from common.model.tensors import save_tensors
 from common.release.adapter import main
 from common.training.adapter_files import adapter_config, peft_name, write_adapter
@@ -23,6 +23,7 @@ from integration.lora_patch.names import module_name
 from integration.lora_patch.sources import adapter_in
 from integration.lora_patch.vlm import Base, encode, load_base
 from tests.evaluation_case import evaluate, make_data
+from tests.lora import update_lora
 from tests.sample import scenes
 
 RANK, ALPHA = 4, 8

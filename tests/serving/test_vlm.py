@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_vlm.prompt_utils import apply_chat_template
 from PIL import Image
 
-from common.model.lora import attach_lora, lora_parameters, update_lora
+from common.model.lora import attach_lora, lora_parameters
 from integration.lora_patch.errors import LoraError
 from integration.lora_patch.photo import load_photo
 from integration.lora_patch.vlm import (
@@ -27,6 +27,7 @@ from integration.lora_patch.vlm import (
     set_adapter,
     special_tokens,
 )
+from tests.lora import update_lora
 
 PROMPT = "You are ansel. Answer with one JSON object.\n\nAnalyze the provided image."
 RESPONSE = '{"image_description":"Déjà vu: 3 trees","overall_score":7.5}'
@@ -269,18 +270,6 @@ def test_the_seed_decides_the_adapter(tiny_base):
 def test_unknown_target_modules_are_named(tiny_base):
     with pytest.raises(LoraError, match="lm_head.*choose from self_attn.q_proj"):
         attach_lora(load_base(tiny_base), 4, 8, target_modules=("lm_head",))
-
-
-def test_updating_checks_names_and_shapes(tiny_base):
-    base = load_base(tiny_base)
-    attach_lora(base, 4, 8)
-    name = f"{LAYERS}.0.self_attn.q_proj.lora_b"
-    update_lora(base.model, {name: mx.ones_like(lora_parameters(base.model)[name])})
-    assert lora_parameters(base.model)[name].all()
-    with pytest.raises(ValueError, match="shape"):
-        update_lora(base.model, {name: mx.ones((2, 2))})
-    with pytest.raises(KeyError):
-        update_lora(base.model, {f"{LAYERS}.0.self_attn.q_proj.weight": mx.ones((2, 2))})
 
 
 def test_switching_swaps_the_modules(tiny_base):

@@ -16,9 +16,13 @@ from PIL import Image
 import train_mlx_lora
 from common.files import sha256_file
 from common.training import loop, memory
+from common.training.data import read_data
+from common.training.distributed import Processes
 from common.training.loss_curve import HEIGHT, WIDTH
 from common.training.memory import Device
 from common.training.model_card import complete_card
+from common.training.options import TrainingOptions
+from common.training.setup import prepare_rows
 from integration.lora_patch.photo import load_photo
 from integration.lora_patch.vlm import encode, load_base
 from tests.training_sample import TRAIN, VAL, edit_row, log_of, train_here, write_dataset
@@ -219,6 +223,20 @@ def test_a_plan_measures_and_writes_nothing(data, tiny_base):
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_process_keeps_rows_where_it_is_told(data, tiny_base, tmp_path):
+    """Not only the first of several: all of them prepare every row."""
+    values = {param.name: param.default for param in train_mlx_lora.main.params}
+    values = {name: value for name, value in values.items() if name in TrainingOptions.__dataclass_fields__}
+    base = load_base(tiny_base)
+    for rank, feature_cache, files in ((1, "memory", 0), (1, "disk", 7), (0, "disk", 7)):
+        options = TrainingOptions(**values | {"train_data": TRAIN, "plan": False, "feature_cache": feature_cache})
+        cache, tower = tmp_path / f"cache {rank} {feature_cache}", base.model.vision_tower
+        train, _ = prepare_rows(options, base, {}, (read_data(TRAIN), None), cache, Processes(rank, 2))
+        base.model.vision_tower = tower
+        assert len(train) == 7 and len(train.store.memory) == 7 - files
+        assert len(list(cache.glob("*.safetensors"))) == files
 
 
 def with_memory(monkeypatch, megabytes: float) -> None:
