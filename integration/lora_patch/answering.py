@@ -3,13 +3,14 @@
 import contextlib
 import functools
 import logging
+import threading
 import time
 import uuid
 from collections import Counter
 
 from .adapters import Adapter
-from .answers import analysis_problem, text_of
-from .arms import ARMS, REQUEST_MODES, Job, Scope, assign, is_carried, scope_of_request
+from .answers import analysis_problem, asks_for_analysis, text_of
+from .arms import ARMS, REQUEST_MODES, Given, Job, Scope, assign, is_carried, scope_of_request
 from .calls import Call
 from .errors import one_line
 from .flags import flags
@@ -29,6 +30,7 @@ class Answering:
     def __init__(self, adapters: AdaptersInUse, recorder: Recorder):
         self.adapters, self.recorder = adapters, recorder
         self.generating = adapters.own.lock  # one generation at a time
+        self.concluding = threading.Lock()
         self.counts, self.prompts = Counter(), Counter()
         self.canary = None  # a `canary.Canary`: a test that is widened by itself
         self.stored: dict[str, bool] = {}  # end of a prompt -> whether its answer was the last of its job
@@ -123,7 +125,7 @@ class Answering:
                 happened = self._pieces(call, adapter, put)
                 problem = self._problem(held, happened, call)
             except ReaderLeft:  # says nothing about the answer
-                job.judged = False
+                call.left = True
                 raise
             except Exception as raised:
                 error, problem = raised, one_line(raised)
@@ -151,7 +153,7 @@ class Answering:
                 adapter = self._settle(job)
                 if adapter is not None or job.in_test:
                     call.use_photo(call.prepared)
-                job.judged, job.problem, job.fallback = adapter is not None, None, False
+                job.problem, job.fallback = None, False
                 begun = time.perf_counter()
                 try:
                     yield adapter
@@ -160,7 +162,8 @@ class Answering:
         finally:
             call.remove_files()
             if seconds is not None:
-                self._finish(job, call.prompt, seconds)
+                job.seconds += seconds
+                self._finish(job, call.prompt, seconds if adapter is not None and not call.left else None)
 
     def _settle(self, job: Job) -> Adapter | None:
         """Decide, with the model in hand, whether the adapter is used: its breaker may have gone off in the queue.
@@ -231,12 +234,12 @@ class Answering:
         """Tell whether jobs of this service go on after an answer to this prompt: only what is stored is judged."""
         return self.stored.get(prompt[-TAIL:]) is False
 
-    def _finish(self, job: Job, prompt: str, seconds: float) -> None:
+    def _finish(self, job: Job, prompt: str, seconds: float | None) -> None:
+        """Note an answer; ``seconds`` of one that the adapter is judged by, else None."""
         limit = flags.breaker_time_limit or getattr(flags.service, "model_timeout", None)
-        if job.judged and job.problem is None and limit and seconds > float(limit):
+        if seconds is not None and job.problem is None and limit and seconds > float(limit):
             job.problem = f"an answer after {seconds:.0f} s, more than {float(limit):g} s"
-        job.seconds += seconds
-        job.prompts.append(prompt)
+        job.given.append(Given(prompt, asks_for_analysis(prompt), seconds is not None, job.problem, job.fallback))
         job.concluded = False
         scope = scope_of_request.get()
         if not is_carried.get() and (scope is None or not scope.is_open):
@@ -249,28 +252,37 @@ class Answering:
                 self.conclude(job)
 
     def conclude(self, job: Job) -> None:
-        """Judge and record a job that asks the model no more: by its last answer, which is the one that is stored."""
-        was_concluded = job.concluded
-        if not was_concluded:
-            job.concluded = True
-            self.counts[job.model_used] += not job.counted
-            job.counted = True
-            self.counts["fallback"] += job.fallback
-            self.counts["invalid"] += job.problem is not None
-            if len(self.stored) > 1000:
-                self.stored.clear()
-            for prompt in job.prompts[:-1]:
-                self.stored.setdefault(prompt[-TAIL:], False)
-            self.stored[job.prompts[-1][-TAIL:]] = True
-            if job.adapter is not None:
-                self.prompts[self.recorder.compare_prompt(job.prompts[-1], job.advisor)] += 1
-            if job.judged and job.adapter.breaker.note(job.problem):
-                say(logging.ERROR, f"CIRCUIT BREAKER: {job.adapter.path} ({job.version}) gave too many bad answers, "
-                    f"the last one: {job.problem}; the base answers until POST /lora/rearm or a reload to another "
-                    "version")  # fmt: skip
+        """Judge and record a job that asks the model no more: by the answer that is stored."""
+        stored = job.stored
+        prompt = self.recorder.compare_prompt(stored.prompt, job.advisor) if job.adapter is not None else None
+        with self.concluding:
+            is_new, job.concluded = not job.concluded, True
+            if is_new:
+                job.problem, job.fallback = stored.problem, stored.fallback
+                self._count(job, stored, prompt)
         self.recorder.record(job)
-        if job.in_test and self.canary is not None and not was_concluded:
+        if is_new and job.in_test and self.canary is not None:
             self.canary.note()
+
+    def _count(self, job: Job, stored: Given, prompt: str | None) -> None:
+        self.counts[job.model_used] += not job.counted
+        job.counted = True
+        self.counts["fallback"] += job.fallback
+        self.counts["invalid"] += job.problem is not None
+        if prompt is not None:
+            self.prompts[prompt] += 1
+        if len(self.stored) > 1000:
+            self.stored.clear()
+        for one in job.given:
+            if one is not stored:
+                self.stored.setdefault(one.prompt[-TAIL:], False)
+        self.stored[stored.prompt[-TAIL:]] = True
+        if stored.judged and job.adapter.breaker.note(job.problem):
+            say(
+                logging.ERROR,
+                f"CIRCUIT BREAKER: {job.adapter.path} ({job.version}) gave too many bad answers, the last one: "
+                f"{job.problem}; the base answers until POST /lora/rearm or a reload to another version",
+            )
 
     def health(self) -> dict:
         """Return what /health says of the answers so far."""

@@ -16,12 +16,17 @@ def analysis_problem(text: str | None, prompt: str = "") -> str | None:
         return "no answer"
     if prompt and demands_html(prompt):
         return None if re.search(r"dimension-score[^>]*>\s*\(?\d", text) else "no scored feedback card"
-    if prompt and not re.search(r"dimensions|dimensional_analysis", prompt):
+    if prompt and not asks_for_analysis(prompt):
         return None
     analysis = parse_analysis(text)
     if analysis is None:
         return "no JSON object"
     return None if scores(analysis) else "no scored dimensions"
+
+
+def asks_for_analysis(prompt: str) -> bool:
+    """Tell whether a prompt is for an analysis, and not for a summary or the like."""
+    return demands_html(prompt) or re.search(r"dimensions|dimensional_analysis", prompt) is not None
 
 
 def parse_analysis(text: str) -> dict | None:

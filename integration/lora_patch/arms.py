@@ -53,8 +53,19 @@ class Breaker:
 
 
 @dataclass
+class Given:
+    """One answer that a job got."""
+
+    prompt: str
+    is_analysis: bool  # its prompt asks for an analysis, which is what a service stores
+    judged: bool  # it is the adapter's, or was meant to be
+    problem: str | None
+    fallback: bool  # it is the base's in place of the adapter's
+
+
+@dataclass
 class Job:
-    """One request on its way through the service; it may ask the model several times, and stores the last answer."""
+    """One request on its way through the service; it may ask the model several times, and stores one answer."""
 
     id: str | None
     advisor: str | None
@@ -64,17 +75,21 @@ class Job:
     split: float | None = None  # of a job in a test: the adapter's share of jobs when the arm was drawn
     version: str | None = None
     seconds: float = 0.0  # of generation, waiting for the model not
-    problem: str | None = None  # of the last answer
-    judged: bool = False  # the last answer is the adapter's, or was meant to be
-    fallback: bool = False  # the last answer is the base's in place of the adapter's
-    prompts: list = field(default_factory=list)  # of each answer
+    problem: str | None = None  # of the newest answer, and in the end of the stored one
+    fallback: bool = False  # the same: the base's in place of the adapter's
+    given: list[Given] = field(default_factory=list)
     settled: bool = False  # the first answer is begun: the arm is decided for good
     concluded: bool = False  # judged by the last answer so far
     counted: bool = False
 
     @property
     def done(self) -> bool:
-        return bool(self.prompts)
+        return bool(self.given)
+
+    @property
+    def stored(self) -> Given:
+        """The answer that the service stores: the last analysis, or the last of all where none was asked for."""
+        return next((one for one in reversed(self.given) if one.is_analysis), self.given[-1])
 
     @property
     def model_used(self) -> str:

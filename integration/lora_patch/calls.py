@@ -43,6 +43,7 @@ class Call:
             self.photo = None if self.photo_at is None else self.args[self.photo_at]
         self.prepared = self.photo  # until `prepare_photo`
         self.files: list[str] = []
+        self.left = False  # whoever reads the answer has gone
         named = next((name for name in PROMPT_NAMES if name in self.kwargs or name in at), None)
         self.prompt_name, self.prompt_at = named, at.get(named)
         prompt = self.kwargs.get(named) if named in self.kwargs else self.args[at[named]] if named else ""

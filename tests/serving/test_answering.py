@@ -239,6 +239,17 @@ def test_of_a_service_with_two_passes_only_the_stored_answer_is_judged(monkeypat
         assert service.counts["fallback"] == 1 and sum(adapter.breaker.answers) == 1
 
 
+def test_a_summary_after_the_analysis_is_not_what_is_stored(monkeypatch):
+    answers = [GOOD, "A quiet lake.", "{", "A lake."]
+    with serving(monkeypatch, answers) as (service, adapter, run):
+        for number in range(2):
+            with request(service):
+                hooks.choose(str(number), "ansel")
+                seen = [run(JSON_PROMPT), run("Say it in one sentence.")]
+        assert seen == ["of the base", "A lake."]  # the second analysis was bad, and noticed
+        assert list(adapter.breaker.answers) == [False, True] and service.counts["fallback"] == 1
+
+
 def test_the_job_in_which_the_breaker_opens_is_recorded_as_what_answered(monkeypatch):
     """It opens between two passes of a job, by another job: both answers are the adapter's, and so is the record."""
     with serving(monkeypatch, ["Composition 8", GOOD, GOOD]) as (service, adapter, run):
@@ -287,6 +298,25 @@ def test_requests_do_not_wait_for_a_locked_database(monkeypatch, tmp_path):
                     assert run(JSON_PROMPT) == GOOD
             assert time.monotonic() - started < 2
             blocker.execute("COMMIT")
+
+
+def test_many_requests_at_once_are_all_counted(monkeypatch):
+    answers = ["{", GOOD] * 200
+    with serving(monkeypatch, answers, breaker_window=1000) as (service, adapter, run):
+
+        def work(first):
+            for number in range(first, first + 50):
+                with request(service):
+                    hooks.choose(str(number), "ansel")
+                    run(JSON_PROMPT)
+
+        threads = [threading.Thread(target=work, args=(50 * n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert service.counts["fine_tuned"] == 400 and service.counts["invalid"] == service.counts["fallback"] == 200
+        assert len(adapter.breaker.answers) == 20 and sum(adapter.breaker.answers) <= 20
 
 
 # -- the request's own mode --------------------------------------------------------------------------------------------

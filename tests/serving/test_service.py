@@ -124,6 +124,19 @@ def test_a_flag_allows_a_request_to_choose_its_arm(service, offline, photos):
         assert answer["response"] == offline[expected, "ansel", photos[0].name, "prepared"]
 
 
+def test_a_request_chooses_by_its_mode(service, offline, photos):
+    """As the services of the family mean it: the adapter or the base for this request, a test only by default."""
+    for mode, used, expected in (
+        ("lora", "fine_tuned", "v1"),
+        ("rag+lora", "fine_tuned", "v1"),
+        ("rag", "base", "base"),
+    ):
+        headers, answer = service.analyze(photos[0], "ansel", f"mode-{mode}", mode=mode)
+        assert headers["X-Model-Used"] == used
+        assert answer["response"] == offline[expected, "ansel", photos[0].name, "prepared"]
+        assert service.rows("model_used, mode")[f"mode-{mode}"] == (used, mode)
+
+
 def test_health_says_what_is_served(service, models, tiny_base, photos):
     before = service.get("/health")["lora"]["arms"]
     used = service.analyze(photos[0], "ansel", "counted")[0]["X-Model-Used"]
