@@ -13,7 +13,7 @@ from .arms import Job
 from .errors import LoraError, one_line
 from .flags import flags
 from .log import say
-from .prompts import build_prompt, read_prompts
+from .prompts import Prompts, build_prompt, read_prompts
 
 COLUMNS = {  # added to the jobs table
     "model_used": "TEXT",  # base, fine_tuned, ab_test_base or ab_test_fine_tuned
@@ -72,6 +72,7 @@ def migrate(path: Path) -> list[str]:
 
 
 TRIES = 20  # looks for a job's row, which a service may write late
+FRESH = 60.0  # seconds that prompts are kept
 WAIT = 0.2  # seconds that a request waits for a locked database; what it could not write is written later
 
 
@@ -85,6 +86,7 @@ class Recorder:
         self.pending: deque = deque(maxlen=1000)  # [value of each of COLUMNS, job id, tries]
         self.writing = threading.Lock()
         self.not_before, self.later = 0.0, None
+        self.prompts: dict[str, tuple[float, Prompts]] = {}  # advisor -> when they were read, the database's prompts
 
     def record(self, job: Job) -> None:
         if (self.state == "on" or self.state.startswith("waiting")) and job.id is not None:
@@ -167,18 +169,24 @@ class Recorder:
 
     def compare_prompt(self, prompt: str, advisor: str | None) -> str:
         """Say whether the service's prompt is the one that training builds from this database: as_trained or other."""
-        if self.path is None or not prompt or advisor is None or time.monotonic() < self.not_before:
-            return "unknown"
-        try:
-            with contextlib.closing(connect(self.path, "ro", WAIT)) as db:
-                db.execute("SELECT 1 FROM sqlite_master").fetchone()  # `read_prompts` takes a locked one for an old one
-                texts = read_prompts(db, advisor)
-        except (sqlite3.Error, LoraError):
-            self.not_before = time.monotonic() + 2
-            return "unknown"
-        if None in texts:
+        texts = self._prompts_of(advisor) if self.path is not None and prompt and advisor is not None else None
+        if texts is None or None in texts:
             return "unknown"
         return "as_trained" if build_prompt(texts.system_prompt, advisor, texts.advisor_prompt) in prompt else "other"
+
+    def _prompts_of(self, advisor: str) -> Prompts | None:
+        """Return the database's prompts, as they were at most a minute ago; None where they cannot be read now."""
+        read_at, texts = self.prompts.get(advisor, (-FRESH, None))
+        now = time.monotonic()
+        if now - read_at >= FRESH and now >= self.not_before:
+            try:
+                with contextlib.closing(connect(self.path, "ro", WAIT)) as db:
+                    db.execute("SELECT 1 FROM sqlite_master").fetchone()  # else a locked one would pass for an old one
+                    texts = read_prompts(db, advisor)
+                self.prompts[advisor] = now, texts
+            except (sqlite3.Error, LoraError):
+                self.not_before = now + 2
+        return texts
 
     def health(self) -> dict:
         """Return what /health says of the recording."""

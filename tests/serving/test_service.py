@@ -96,6 +96,9 @@ def test_200_concurrent_requests_lose_none_and_never_mix_arms(service, offline, 
         return headers, answer["response"]
 
     replies = in_parallel(ask, 200, 200)
+    end = time.monotonic() + 30  # what a busy database did not take at once is written a little later
+    while service.get("/health")["lora"]["unrecorded"] and time.monotonic() < end:
+        time.sleep(0.2)
     rows = service.rows("model_used, adapter_version, model_duration, model_fallback, status")
     seen = set()
     for (advisor, photo, job), (headers, response) in zip(plan, replies, strict=True):
@@ -150,7 +153,8 @@ def test_health_says_what_is_served(service, models, tiny_base, photos):
     assert lora["base_fingerprint"]["name"] == str(tiny_base)
     assert lora["arms"] == before | {used: before[used] + 1}
     assert lora["problem"] is None and lora["recording"] == "on"
-    assert set(lora["prompts"]) == {"as_trained"}  # the prompt sent is the one that training builds
+    assert lora["prompts"].pop("as_trained")  # the prompt sent is the one that training builds
+    assert set(lora["prompts"]) <= {"unknown"}  # while the database was busy
 
 
 def test_reload_and_rollback_under_load_without_a_failed_request(service, offline, photos, models):
