@@ -26,6 +26,7 @@ from common.data.prepared import meta_of, output_paths, write_set
 from common.data.prompt_specification import make_target, service_prompt
 from common.data.quality import GATES, read_levels
 from common.data.summary import print_quality, print_result
+from common.data.why import explain_prepared
 from common.errors import UserError
 from common.files import find_input
 
@@ -43,6 +44,7 @@ from common.files import find_input
 )
 @click.option("--format", "row_format", type=click.Choice(["triplet", "messages"]), default="triplet", show_default=True, help="triplet: image_path, prompt, response; messages: chat rows for other trainers")  # fmt: skip  # noqa: E501
 @click.option("--dry_run", is_flag=True, help="print what would be written, and write nothing")
+@click.option("--why", metavar="JOB", help="print the raw text, what is read from it and each verdict of the job whose id begins so; write nothing")  # fmt: skip  # noqa: E501
 @option_group("Prompt")
 @click.option("--system_prompt", type=click.Path(path_type=Path), help="file with a system prompt to use instead of the database's")  # fmt: skip  # noqa: E501
 @click.option("--prompts_db", type=click.Path(path_type=Path), help="database to take the prompts from  [default: the newest in the manifest]")  # fmt: skip  # noqa: E501
@@ -75,6 +77,9 @@ def main(manifest, advisor, output_dir, dry_run, **given):
     record, warnings = earlier_sides(paths, options)
     judged = judge_all(manifest, advisor, task.target)
     choice = choose(judged, record, options)
+    if given["why"]:
+        explain_prepared(task, choice, given["why"])
+        return
     print_quality(choice, task.target.specification.names)
     arrangement = split(choice, judged.thumbs, record)
     lengths = measure(arrangement.examples(), task, options)

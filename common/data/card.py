@@ -111,7 +111,7 @@ def _groups(arrangement: Arrangement) -> dict:
     found = []
     for side in ("train", "val"):
         for candidates in arrangement.pictures(side):
-            files = {c.sha256: c for c in [*candidates, *(c for c in candidates if c.side)]}
+            files = {c.image_path: c for c in [*candidates, *(c for c in candidates if c.side)]}
             if len(files) > 1:
                 found.append((side, sorted(files.values(), key=lambda c: (not c.side, c.image_path))))
     found.sort(key=lambda item: (-len(item[1]), item[1][0].image_path))

@@ -65,6 +65,7 @@ class Choice:
     """Judged analyses in the groups of their photographs; those that are no examples have their reason."""
 
     candidates: list[Candidate]
+    levels: dict[str, str]  # {gate: level}
     gates: dict[str, dict]  # see `tallies`
     left_to_learn: dict  # see `left_to_learn`
     groups: list[list[str]]  # SHA-256 of the photographs of each group
@@ -154,7 +155,7 @@ def choose(judged: Judged, record: Record, options: Options) -> Choice:
     if options.keep == "newest":
         keep_newest(candidates, group_of)
     learn = left_to_learn(candidates, group_of, options.levels["copied_scores"])
-    return Choice(candidates, tallies(candidates, options.levels), learn, groups, group_of)
+    return Choice(candidates, options.levels, tallies(candidates, options.levels), learn, groups, group_of)
 
 
 def _group_of(candidates: list[Candidate], groups: list[list[str]]) -> list[int]:

@@ -1,12 +1,15 @@
-"""`link_training_data.py --why JOB`: what a job's row holds, what was read from it, and every verdict on it."""
+"""`--why JOB` of link and prepare: what a job's row holds, what was read from it, and every verdict on it."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
+from common.data.candidates import response_of
 from common.data.database import open_database, shown
 from common.data.linking import REASONS, Linker, jobs_of, plain
+from common.data.preparation import REASONS as PREPARED
+from common.data.preparation import Choice, Task
 from common.data.sources import Found, readings
 from common.errors import UserError
 from common.files import RowFile, is_file
@@ -31,6 +34,46 @@ def explain(linker: Linker, databases: list[Path], job_id: str, manifest: Path) 
         raise UserError(f"no job whose id begins with {job_id!r} in {', '.join(map(str, databases))}")
     for line in _prepared(manifest, job_id):
         click.echo(line)
+
+
+def explain_prepared(task: Task, choice: Choice, job_id: str) -> None:
+    """Print the raw text of the linked jobs whose ids begin with ``job_id``, what is trained on and each verdict."""
+    wanted = [c for c in choice.candidates if c.job_id.lower().startswith(job_id.strip().lower())]
+    if not wanted:
+        raise UserError(
+            f"{task.manifest.path}: no linked job whose id begins with {job_id!r}; link_training_data.py --why "
+            f"{job_id} tells of all jobs"
+        )
+    for candidate, row in zip(wanted, task.manifest.read([c.place for c in wanted]), strict=True):
+        click.echo(f"\nJob {shown(candidate.job_id)} with the photograph {candidate.image_path}")
+        raw = _raw_text(row)
+        click.echo(f"\n-- raw text\n{_printable(raw[:_RAW])}{' ...' if len(raw) > _RAW else ''}")
+        response, spans = response_of(row, task.target, candidate.masked)
+        click.echo(
+            f"\n-- read from {row.get('analysis_source')} and written as the prompt demands\n{_printable(response)}"
+        )
+        if spans:
+            click.echo(f"out of the loss: {', '.join(response[start:end] for start, end in spans)}")
+        click.echo()
+        for gate, level in choice.levels.items():
+            click.echo(
+                paragraph(f"{gate} ({level}): {_printable(candidate.verdicts.get(gate, 'nothing found'))}", "  ", "  ")
+            )
+        reason = candidate.reason and f"left out: {candidate.reason}, {PREPARED[candidate.reason]}"
+        click.echo(f"{reason or 'an example'} {_printable(candidate.detail)}".rstrip())
+
+
+def _raw_text(row: dict) -> str:
+    """Return the text that a row's analysis was read from; a word on it where it is gone."""
+    try:
+        if row.get("analysis_path"):
+            return Path(row["analysis_path"]).read_text(encoding="utf-8", errors="replace")
+        with open_database(row["database"]) as database:
+            job = next(job for job in jobs_of(database) if plain(job["job_id"]) == row["job_id"])
+            column = "llm_outputs" if str(row.get("analysis_source")) == "llm_outputs" else "analysis_markdown"
+            return plain(job[column])
+    except (OSError, KeyError, StopIteration, UserError) as error:
+        return f"(not there any more: {error or 'no such job'})"
 
 
 def _lines(linker: Linker, reader, job: dict, database) -> Iterator[str]:

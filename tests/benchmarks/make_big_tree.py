@@ -7,7 +7,6 @@ Writes OUTPUT_DIR/mondrian.db (WAL) and source/. The same options give the same 
 
 import io
 import json
-import re
 import sqlite3
 import uuid
 from pathlib import Path
@@ -32,11 +31,27 @@ PROMPT = (
                for name, s in zip(NAMES, (8, 7, 9, 6, 7, 8, 7), strict=True))
     + '],"overall_score":7.4}\n' + "Be specific and constructive in what you say of each dimension. " * 40
 )  # fmt: skip
-WORDS = re.findall(
-    r"\w+",
-    "the light falls across this ridge and gives its edges a weight that holds the eye while the sky above stays "
-    "open and the foreground leads into a valley where shadow keeps detail and tone moves slowly from grey to white",
-)
+CLAUSES = [
+    f"{subject} {verb}"
+    for subject in (
+        "the light",
+        "the sky",
+        "the ridge",
+        "this valley",
+        "the foreground",
+        "a shadow",
+        "the tone",
+        "the eye",
+    )
+    for verb in (
+        "falls across the frame",
+        "gives its edges a weight that holds",
+        "stays open above the hills",
+        "leads into a distance without detail",
+        "moves slowly from grey to white",
+        "is lost in the lower third",
+    )
+]
 SCHEMA = """
 PRAGMA journal_mode=WAL;
 CREATE TABLE advisors (id TEXT PRIMARY KEY, name TEXT, prompt TEXT);
@@ -115,7 +130,7 @@ def _job(rng: np.random.Generator, number: int, photo: str) -> tuple:
 
 
 def _sentence(rng: np.random.Generator) -> str:
-    return " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), 28)).capitalize() + "."
+    return ", and ".join(CLAUSES[i] for i in rng.integers(0, len(CLAUSES), 4)).capitalize() + "."
 
 
 def _analysis(rng: np.random.Generator) -> dict:

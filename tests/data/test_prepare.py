@@ -2,12 +2,15 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
+import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -652,6 +655,58 @@ def test_the_card_shows_photographs_and_escapes_what_it_shows(tree: Tree):
     assert "<script" not in html and "a&lt;b&gt;.jpg" in html
     assert html.count("data:image/jpeg;base64,") == 11
     assert "http" not in html.replace("http-equiv", "")
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rgb or #rrggbb, as WCAG 2 defines it."""
+    digits = color.lstrip("#")
+    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
+    parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def test_the_card_can_be_read_by_everyone(tree: Tree):
+    tree.job("copy", reencoded(tree, "photo-0.jpg", "copy.jpg"), analysis(300))
+    ready(tree)
+    html = (tree.folder / "out/training_data_ansel_card.html").read_text()
+    levels = [int(level) for level in re.findall(r"<h(\d)", html)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert html.count("<th ") == html.count("<th scope=") > 10
+    assert all(re.findall(r'<img [^>]*alt="([^"]*)"', html)) and html.count("<img ") == html.count(" alt=")
+    assert "Overall score <b>" in html and "<dt>Color Harmony</dt>" in html and "<summary>Analysis</summary>" in html
+    assert "2 files, " in html and "copy.jpg (kept)" in html
+    assert html.count("holds the eye for a while") >= 10 * 7  # the comments of each photograph, to unfold
+    themes = [
+        dict(re.findall(r"--([\w-]+): (#\w+)", theme)) for theme in re.findall(r":root \{[^}]*--ink[^}]*\}", html)
+    ]
+    grounds = {"ink": ("ground", "panel", "rule"), "soft": ("ground", "panel"), "bad": ("bad-ground",)}
+    grounds |= {"warn": ("warn-ground",), "ink ": ("warn-ground", "good-ground", "bad-ground")}
+    for theme in themes:
+        for text, below in grounds.items():
+            for ground in below:
+                light, dark = sorted((luminance(theme[text.strip()]), luminance(theme[ground])), reverse=True)
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+    assert len(themes) == 2
+
+
+def test_why_tells_the_raw_text_and_each_verdict(tree: Tree):
+    tree.job("copied-1", tree.photo("60.jpg", 60), scored(60), prompt=SYSTEM_PROMPT)
+    tree.link()
+    result = tree.prepare("--why", "copied")
+    assert result.exit_code == 0 and not list((tree.folder / "out").glob("*ansel*"))
+    assert json.dumps(scored(60)) in result.output
+    assert read_specification(SYSTEM_PROMPT).render(scored(60)) in result.output
+    assert "out of the loss: 8, 7, 9, 6, 7, 8, 7, 7.4" in result.output
+    assert "copied_scores (mask): 8, 7, 9, 6, 7, 8, 7 with 7.4" in result.output
+    assert all(f"{gate} (" in result.output for gate in GATES)
+    assert result.output.rstrip().endswith("an example")
+    tree.connection.execute("DELETE FROM jobs")
+    tree.connection.commit()
+    assert "(not there any more" in tree.prepare("--why", "copied").output
+    result = tree.prepare("--why", "nothing")
+    assert result.exit_code == 1 and "no linked job whose id begins with 'nothing'" in result.stderr
 
 
 def test_progress_and_tables_fit_the_terminal(tree: Tree):
