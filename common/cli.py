@@ -1,6 +1,7 @@
 """Command-line habits that all scripts share: spelling of options, help in groups, configuration files, next steps."""
 
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -77,6 +78,10 @@ class ScriptCommand(click.Command):
         except UserError as error:
             error.message = _in_makes_words(error.message)
             raise
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise UserError(f"{str(error.filename)[:60]}...: longer than a path can be; name another") from error
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
             ctx.exit(130)

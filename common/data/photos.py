@@ -28,6 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import click
 from PIL import Image
 from tqdm import tqdm
 
@@ -71,7 +72,7 @@ class Locator:
         return len(self._files)
 
     def _walk(self) -> None:
-        for parent, folders, files in os.walk(self.folder):
+        for parent, folders, files in os.walk(self.folder, onerror=_tell_unreadable):
             folders.sort()
             relative = os.path.relpath(parent, self.folder).replace(os.sep, "/")
             for name in folders:
@@ -146,6 +147,10 @@ class Locator:
             return [], True
         inside = os.path.relpath(os.path.normpath(os.path.join(self._real, *parts)), self._real)
         return inside.split(os.sep), inside.split(os.sep)[0] == ".."
+
+
+def _tell_unreadable(error: OSError) -> None:
+    click.echo(f"{error.filename}: cannot be read ({error.strerror}); the files in it count as missing", err=True)
 
 
 def _is_absolute(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Whatever one row, one file or one writer does, linking goes on, or ends soon and in one line."""
 
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -123,6 +124,34 @@ def test_photographs_that_are_placeholders_or_programs(tree: Tree):
     assert tree.link().exit_code == 0
     assert tree.reasons() == {"pixel.jpg": "image_tiny", "script.jpg": "image_unreadable"}
     assert not marks.exists()
+
+
+def test_names_that_no_file_can_have_are_one_line(tree: Tree):
+    tree.job("one", "photo.jpg", analysis(1))
+    tree.job("long", "x" * 300 + ".jpg", "x" * 300 + ".md")
+    assert tree.link().exit_code == 0
+    for option in ("--db_path", "--source_dir", "--analysis_dir", "--output_dir"):
+        result = tree.link(option, "x" * 5000)
+        assert result.exit_code == 1 and isinstance(result.exception, SystemExit), option
+        assert result.stderr.startswith("Error: xxx") and len(result.stderr.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_told(tree: Tree, monkeypatch):
+    tree.job("one", "photo.jpg", analysis(1))
+    tree.job("two", tree.photo("closed/two.jpg", 2), analysis(2))
+    scan = os.scandir
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    result = tree.link()
+    assert (
+        f"{tree.source}/closed: cannot be read (Permission denied); the files in it count as missing" in result.stderr
+    )
+    assert tree.reasons() == {"two": "image_missing"}
 
 
 def test_the_order_of_rows_and_equal_times_change_nothing(tmp_path: Path):
