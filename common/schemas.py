@@ -89,6 +89,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "row": (lambda v: _whole(v, 0, 2**53) or isinstance(v, str), "a row's number from 0, or a job's id"),
     "flag": (lambda v: isinstance(v, bool), "true or false"),
     "object": (lambda v: isinstance(v, dict), "an object"),
+    "objects": (lambda v: isinstance(v, list) and all(isinstance(item, dict) for item in v), "a list of objects"),
     "side": (lambda v: v in ("train", "val"), '"train" or "val"'),
     "finish": (lambda v: v in ("stop", "length", "loop"), '"stop", "length" or "loop"'),
     "spans": (_are_spans, "a list of [start, end], sorted"),

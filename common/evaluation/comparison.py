@@ -13,6 +13,7 @@ from common.evaluation import metrics, scoring
 from common.evaluation.gates import BLOCKING, Gate, decide, failed, format_value
 from common.evaluation.intervals import Figure
 from common.evaluation.metrics import CONSTANT, EXPECTED, Summary
+from common.evaluation.report_check import report_fault
 from common.files import read_json
 from integration.lora_patch.analysis import parse_lenient
 from integration.lora_patch.specification import PromptSpecification
@@ -100,7 +101,7 @@ def recomputed(report: dict, gates: list[Gate], strict: bool = False) -> dict:
 
 
 def read_report(path: Path) -> dict:
-    """Read a comparison_report.json; UserError when it is none or of another schema."""
+    """Read a comparison_report.json; UserError when it is none, damaged, or of another schema."""
     report = read_json(path)
     if not isinstance(report, dict) or report.get("kind") != KIND:
         raise UserError(f"{path}: not a comparison report; run evaluate_lora.py")
@@ -108,6 +109,8 @@ def read_report(path: Path) -> dict:
         raise UserError(
             f"{path}: schema {report.get('schema_version')}, this program reads {SCHEMA_VERSION}; evaluate again"
         )
+    if problem := report_fault(report):
+        raise UserError(f"{path}: {problem}; evaluate again")
     return report
 
 
