@@ -4,6 +4,7 @@ A request is known when it is mlx_vlm.generate or stream_generate of the served 
 message and its photographs. Everything else falls back: each reason is logged once and counted in /health.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import logging
@@ -22,6 +23,7 @@ from .flags import flags
 from .log import say
 from .prompts import demands_html, read_specification
 from .streams import Worker
+from .switching import within
 
 SENTINEL = "\ufdd0"  # a character that no text may hold (Unicode 23.7): where a template puts the prompt
 WITHOUT_EFFECT = ("top_p", "top_k", "min_p", "seed", "prefill_step_size", "verbose")  # on one greedy answer
@@ -76,11 +78,14 @@ class OwnGeneration:
             self._say(self.reason)
 
     def prepare(self, adapter: Adapter) -> None:
-        """Make an adapter ready for the served model, so that a request finds it so. Takes the lock."""
+        """Make an adapter ready for the served model, so that a request finds it so.
+
+        Takes the lock, unless the service loads its model within a generation and so holds it already.
+        """
         if self.engine is None:
             return
         try:
-            with self.lock:
+            with contextlib.nullcontext() if within.get() else self.lock:
                 self.ways[adapter.digest] = self.thread.submit(self.engine.way, adapter).result()
         except (LoraError, ValueError, KeyError) as error:  # on modules besides the language model's projections
             self._say(f"{adapter.path}: {one_line(error)}")

@@ -180,6 +180,21 @@ def test_prompts_of_another_form_and_functions_of_the_service_are_left_to_it(ser
     }
 
 
+def test_a_model_may_be_loaded_within_the_function_that_answers(service, loaded):
+    """The first request of a service that has no loader of its own: the lock is held already."""
+
+    @hooks.generation
+    def run_model_mlx(full_prompt):
+        hooks.attach(loaded)
+        return "an answer"
+
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(run_model_mlx("What?")), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert seen == ["an answer"] and service.adapters.own.ways
+
+
 def test_another_model_type_is_served_by_mlx_vlm(loaded, service, monkeypatch):
     monkeypatch.setattr(loaded[0].config, "model_type", "gemma3")
     service.adapters.adopt(*loaded, None)
