@@ -133,7 +133,7 @@ $(READY): requirements.txt requirements-dev.txt
 	  $(VENV)/bin/pip uninstall -q -y mlx mlx-cpu mlx-cuda-12 mlx-cuda-13 || true
 	@rm -f $(VENV)/.ready-*
 	@sed 's/mlx\[cpu\]/mlx[$(BUILD)]/' requirements.txt > $(VENV)/requirements.txt
-	@$(VENV)/bin/pip install -q --no-compile --disable-pip-version-check --no-input --progress-bar off \
+	@$(VENV)/bin/pip install -qq --no-compile --disable-pip-version-check --no-input --progress-bar off \
 	  -r $(VENV)/requirements.txt -r requirements-dev.txt
 	@$(VENV)/bin/python -m common.model.blas
 # compiles the modules that the scripts import, a tenth of what pip would have
