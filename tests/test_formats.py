@@ -94,6 +94,7 @@ RECORDS = (
             "versions": "Python, platform and packages",
             "result": "losses, best step, steps, examples, tokens, seconds, peak memory",
             "verdict": "what training says of the run, a sentence each",
+            "phrasebook": "SHA-256 of phrasebook.safetensors, the tokens of the training responses; null without",
         },
     ),
     (

@@ -1,18 +1,21 @@
 """What a finished run leaves behind: best and last adapter, training_args.json, model card, curve and verdict."""
 
 import shutil
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
-from common.files import write_json
+from common.files import write_atomic, write_json
 from common.records import ARGS, software_versions
 from common.training.adapter_files import adapter_config, write_adapter
 from common.training.memory import GB
 from common.training.model_card import write_card
 from common.training.run import Run
 from common.training.verdict import loss_summary, verdict
-from integration.lora_patch.vlm import TARGET_MODULES
+from integration.lora_patch.phrasebook import PHRASEBOOK, write_phrasebook
+from integration.lora_patch.vlm import TARGET_MODULES, response_tokens
 
 SCHEMA_VERSION = 1
 
@@ -30,6 +33,7 @@ def deliver(run: Run) -> None:
     best = run.best or last
     last, best = ({name: tensor.to_mlx() for name, tensor in adapter.items()} for adapter in (last, best))
     modules = sorted({name.rpartition(".")[0] for name in best})
+    record["phrasebook"] = export_phrasebook(run) if options.phrasebook else None
     config = adapter_config(options.base_model, modules, options.lora_r, options.lora_alpha, options.lora_dropout)
     run.log.draw(run.delivered_step)
     (folder / ARGS).unlink(missing_ok=True)
@@ -40,6 +44,15 @@ def deliver(run: Run) -> None:
     run.reporter.close()
     for line in lines:
         click.echo(line)
+
+
+def export_phrasebook(run: Run) -> str:
+    """Write the training responses' tokens, from which the service drafts its answers; return the file's SHA-256."""
+    lists = [response_tokens(run.base, example.response)[0] for example in run.train.examples]
+    with tempfile.TemporaryDirectory() as made, write_atomic(run.folder.path / PHRASEBOOK, "wb") as file:
+        digest = write_phrasebook(Path(made) / PHRASEBOOK, lists)
+        file.write((Path(made) / PHRASEBOOK).read_bytes())
+    return digest
 
 
 def training_record(run: Run, losses: dict) -> dict:

@@ -18,6 +18,7 @@ AUTO = "auto"
 FREE = {
     "train_data", "val_data", "advisor", "base_model", "output_dir", "save_freq", "keep_checkpoints", "log_freq",
     "report_to", "resume", "overwrite", "plan", "feature_cache", "cache_limit_gb", "on_overlong", "auto_memory",
+    "phrasebook",
 }  # fmt: skip
 # And these, which lay a step out in memory: the same mathematics, but other rounding and other dropout masks.
 LAYOUT = {"micro_batch_size", "grad_checkpointing", "pad_multiple"}
@@ -76,6 +77,7 @@ class TrainingOptions:
     cache_limit_gb: float | str
     feature_cache: str  # "auto", "memory" or "disk"
     output_dir: str | None  # path; None: named by the advisor
+    phrasebook: bool  # whether to write the training responses' tokens beside the adapter
     save_freq: int
     keep_checkpoints: int
     eval_freq: int  # 0: after each epoch only

@@ -25,7 +25,7 @@ from common.training.leaving import resume_command
 from common.training.run import Run
 
 INTERVAL = 1.0  # seconds between two signs of life
-SILENCE = 15.0  # seconds after which a process counts as lost
+SILENCE = 10.0  # seconds after which a process counts as lost
 GRACE = 2.0  # seconds for an error of this process's own to be reported
 SAVING = 12.0  # seconds for the last step to be saved
 ALIVE, FAREWELL = b".", b"!"

@@ -24,7 +24,8 @@ from common.training.model_card import complete_card
 from common.training.options import TrainingOptions
 from common.training.setup import prepare_rows
 from integration.lora_patch.photo import load_photo
-from integration.lora_patch.vlm import encode, load_base
+from integration.lora_patch.phrasebook import read_phrasebook
+from integration.lora_patch.vlm import encode, load_base, response_tokens
 from tests.training_sample import TRAIN, VAL, edit_row, log_of, train_here, write_dataset
 
 ADAPTER = Path("models/qwen3-vl-4b-lora-ansel")
@@ -95,6 +96,22 @@ def test_training_args_hold_what_evaluation_and_service_need(trained, tiny_base)
     assert result["val_loss_first"] == validation[0]
     assert result["val_loss_best"] == validation[result["best_step"]] == min(validation[4], validation[8])
     assert result["train_loss_first"] == log[1]["loss"] and result["steps"] == 8
+
+
+def test_the_phrasebook_holds_the_training_responses_and_no_others(trained, tiny_base):
+    folder, _ = trained
+    record = json.loads((folder / ADAPTER / "training_args.json").read_text())
+    path, base = folder / ADAPTER / "phrasebook.safetensors", load_base(tiny_base)
+    assert record["phrasebook"] == sha256_file(path) and read_phrasebook(path)
+    responses = [json.loads(line)["response"] for line in (folder / TRAIN).read_text().splitlines()]
+    tokens = [token for response in responses for token in response_tokens(base, response)[0].tolist()]
+    assert mx.load(str(path))["tokens"].tolist() == tokens
+
+
+def test_the_phrasebook_can_be_left_out(data, tiny_base):
+    assert train_here(tiny_base, "--epochs", 1, "--no_phrasebook").exit_code == 0
+    assert json.loads((ADAPTER / "training_args.json").read_text())["phrasebook"] is None
+    assert not (ADAPTER / "phrasebook.safetensors").exists()
 
 
 def test_it_learns_and_says_so(trained):
