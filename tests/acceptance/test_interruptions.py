@@ -8,7 +8,6 @@ not interrupted. The two processes train 33 million parameters, as rank 16 on al
 Linux only: a process is forked for each kill, and a full disk is a limit on the size of files.
 """
 
-import contextlib
 import os
 import random
 import resource
@@ -26,7 +25,7 @@ from tests.training_sample import ROOT, TRAIN, adapter_bytes, write_dataset
 
 KILLS = int(os.environ.get("KILLS", 20))
 SETTINGS = ("--epochs", "3", "--save_freq", "3")
-LARGE = ("--lora_r", 8064, "--batch_size", 1, "--epochs", 3, "--learning_rate", 1e-4, "--no_auto_memory")
+LARGE = ("--lora_r", 8064, "--batch_size", 1, "--epochs", 1, "--learning_rate", 1e-4, "--no_auto_memory")
 WITHIN = 30  # seconds
 
 
@@ -123,17 +122,16 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_lost_process_of_two_ends_both_with_a_checkpoint(loss, rank, data):
     name = f"{loss} {rank}"
-    ring = Ring(data, data / "base", name, (*LARGE, *(("--save_freq", 2) if loss == "out of disk" else ())))
-    ring.reach(3, 300)
+    ring = Ring(data, data / "base", name, (*LARGE, *(("--save_freq", 1) if loss == "out of disk" else ())))
+    ring.reach(2, 600)
     LOSSES[loss](ring.pids()[rank])
     if (loss, rank) == ("out of disk", 1):  # it writes nothing while it trains: a full disk is none of its business
-        assert ring.wait(300) == 0 and (data / name / ".trained").exists(), ring.output
+        assert ring.wait(900) == 0 and (data / name / ".trained").exists(), ring.output
         return
     seconds = ring.wait_for_the_end(WITHIN)
-    with contextlib.suppress(AttributeError):
-        print(f"\n{name}: both ended after {seconds:.1f} s")
+    print(f"\n{name}: both ended after {seconds:.1f} s")
     found = Checkpoints(data / name / "checkpoints", 2).newest()
-    assert found and found[1]["position"]["step"] >= 2, ring.output
+    assert found and found[1]["position"]["step"] >= 1, ring.output
     assert not (data / name / ".trained").exists()
     ring = Ring(data, data / "base", name, (*LARGE, "--resume"))
-    assert ring.wait(300) == 0 and (data / name / ".trained").exists(), ring.output
+    assert ring.wait(900) == 0 and (data / name / ".trained").exists(), ring.output
