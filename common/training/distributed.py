@@ -78,5 +78,5 @@ def join_processes() -> Processes:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Tell whether an error only says that another process has ended; that one has said why."""
+    """Tell whether an error only says that another process has ended."""
     return "connection to a peer was lost" in str(error)

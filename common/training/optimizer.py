@@ -54,7 +54,7 @@ class AdamW:
         self.second = mx.where(valid, second, self.second)
 
     def state(self) -> dict[str, mx.array]:
-        """Return what a checkpoint must hold to go on exactly."""
+        """Return what a checkpoint must hold to resume exactly."""
         return {"values": self.values, "first": self.first, "second": self.second}
 
     def restore(self, state: dict[str, mx.array], updates: int) -> None:

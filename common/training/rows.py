@@ -105,7 +105,7 @@ class RowStore:
 
 @dataclass
 class Prepared:
-    """The examples of one file, in its order, less those left out as too long; the rows lie in ``store``."""
+    """The examples of one file, in its order, less those left out as too long; the rows are in ``store``."""
 
     store: RowStore
     examples: list[Example]
@@ -182,7 +182,7 @@ class RowMaker:
             if isinstance(pictures, PhotoError):
                 problems.append(f"{example.source}: {pictures}")
             if problems:
-                continue  # the run cannot go on: only look for further damage
+                continue  # the run cannot start: only look for further damage
             encoded = None
             if row is None:
                 encoded = encode(self.base, example.prompt, pictures, example.response, example.masked_spans)

@@ -1,4 +1,4 @@
-"""Ends the processes of a distributed run together: MLX waits for ever in an all-reduce with one that is lost.
+"""Ends the processes of a distributed run together: MLX waits without end in an all-reduce with one that is lost.
 
 While MLX waits, Python's signal handlers do not run, so a thread does the watching: each process sends rank 0 a byte a
 second, and rank 0 answers. A process that ends without a farewell, or is silent, is lost; the others then save the

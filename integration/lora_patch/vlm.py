@@ -218,11 +218,6 @@ def prepare_row(base: Base, encoded: Encoded) -> Row:
     return Row(encoded.input_ids, encoded.completion_mask, positions, visual, features, deepstack)
 
 
-def image_tokens(base: Base, size: tuple[int, int]) -> int:
-    """Return how many tokens a photograph of ``size`` (width, height) takes, without touching pixels."""
-    return int(base.processor.image_processor.num_image_tokens(size[1], size[0]))
-
-
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
 
