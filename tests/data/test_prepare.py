@@ -490,7 +490,7 @@ def test_a_killed_run_leaves_no_mixed_set(tree: Tree, monkeypatch: pytest.Monkey
     done, replace = [], os.replace
 
     def killed(source, target):
-        if "ansel" in str(target) and "card" not in str(target):
+        if "ansel" in target.name and target.suffix not in (".html", ".yaml"):
             if len(done) == kill_at:
                 raise SystemExit(9)
             done.append(Path(target).name.removeprefix("training_data_ansel_"))
