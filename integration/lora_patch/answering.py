@@ -183,9 +183,12 @@ class Answering:
         use = Use(adapter) if adapter else None
         call.rewind()
         wanted = self._understood(call, adapter)
-        with switched_on(use):
-            if wanted is not None:
+        if wanted is not None:
+            try:
                 return self.adapters.own.whole(wanted, adapter, self._is_bound(call)), adapter is not None
+            except Exception as error:  # what the engine cannot do, mlx-vlm may; else its error is the service's
+                self.adapters.own.leave_to_mlx_vlm(call, f"the engine failed ({one_line(error)})")
+        with switched_on(use):
             result = call.function(*call.args, **call.kwargs)
         return result, bool(use and use.happened)
 
@@ -193,15 +196,26 @@ class Answering:
         """Put the pieces of a generator's answer; return whether the adapter took part."""
         use = Use(adapter) if adapter else None
         call.rewind()
-        wanted = self._understood(call, adapter)
-        if wanted is not None:
-            steps = self.adapters.own.pieces(wanted, adapter, self._is_bound(call))
-        else:
-            steps = call.function(*call.args, **call.kwargs)
-        with switched_on(use), contextlib.closing(steps) as pieces:
+        with switched_on(use), contextlib.closing(self._steps(call, adapter, use)) as pieces:
             for piece in pieces:
                 put(piece)
-        return bool(use and (use.happened or wanted is not None))
+        return bool(use and use.happened)
+
+    def _steps(self, call: Call, adapter: Adapter | None, use: Use | None):
+        wanted, begun = self._understood(call, adapter), False
+        if wanted is not None:
+            try:
+                for piece in self.adapters.own.pieces(wanted, adapter, self._is_bound(call)):
+                    begun = True
+                    yield piece
+                if use is not None:
+                    use.happened = True
+                return
+            except Exception as error:
+                if begun:
+                    raise
+                self.adapters.own.leave_to_mlx_vlm(call, f"the engine failed ({one_line(error)})")
+        yield from call.function(*call.args, **call.kwargs)
 
     def _understood(self, call: Call, adapter: Adapter | None) -> Wanted | None:
         """Return what this package's own generation is to answer; None where mlx-vlm's is."""

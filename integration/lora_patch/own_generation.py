@@ -65,6 +65,9 @@ class OwnGeneration:
         self._templates.clear()
         self._grammars.clear()
         try:
+            from mlx_vlm.generate import GenerationResult, wired_limit  # noqa: F401 - asked for here, used in `_pieces`
+            from mlx_vlm.tokenizer_utils import make_streaming_detokenizer  # noqa: F401
+
             from .engine import Engine, supports
             from .vlm import Base
 
@@ -156,7 +159,7 @@ class OwnGeneration:
         ``bound``: with --constrained the answer keeps to the grammar; else the grammar serves drafting alone.
         """
         import mlx.core as mx
-        from mlx_vlm.generate import GenerationResult
+        from mlx_vlm.generate import GenerationResult, wired_limit
         from mlx_vlm.tokenizer_utils import make_streaming_detokenizer
 
         from .engine import Request
@@ -185,13 +188,14 @@ class OwnGeneration:
 
         grammar = self.grammar(wanted.text)
         request = Request(row, "", grammar=grammar if bound and flags.constrained else None, schema=grammar)
-        for token in self.engine.stream(request, wanted.max_tokens, adapter):
-            if self.thread.closing:
-                break
-            begun = begun or time.perf_counter()
-            tokens.append(token)
-            detokenizer.add_token(token)
-            yield result(detokenizer.last_segment, None)
+        with wired_limit(self.base.model):  # on a Mac, so that the weights are not paged out meanwhile
+            for token in self.engine.stream(request, wanted.max_tokens, adapter):
+                if self.thread.closing:
+                    break
+                begun = begun or time.perf_counter()
+                tokens.append(token)
+                detokenizer.add_token(token)
+                yield result(detokenizer.last_segment, None)
         begun = begun or time.perf_counter()
         detokenizer.finalize()
         self.answered += 1

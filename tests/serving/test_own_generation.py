@@ -195,6 +195,23 @@ def test_a_model_may_be_loaded_within_the_function_that_answers(service, loaded)
     assert seen == ["an answer"] and service.adapters.own.ways
 
 
+@pytest.mark.parametrize("function", [mlx_vlm.generate, mlx_vlm.stream_generate])
+def test_what_the_engine_fails_at_is_left_to_mlx_vlm(function, service, loaded, photo, monkeypatch):
+    monkeypatch.setattr(service.adapters.own.engine, "stream", lambda *_: 1 / 0)
+    prompt, how = formatted(loaded, "What is there?"), {"max_tokens": 2, "temperature": 0.0}
+    ask(function, "fine_tuned", *loaded, prompt, [photo], **how)
+    assert job_of_request.get().model_used == "fine_tuned" and job_of_request.get().problem is None
+    assert dict(service.adapters.own.fallbacks) == {"the engine failed (division by zero)": 1}
+    with pytest.raises(ValueError, match="Failed to load image"):  # the service's own error, as without the engine
+        ask(function, "base", *loaded, prompt, ["/nowhere.jpg"], **how)
+
+
+def test_another_mlx_vlm_is_served_by_its_own_generation(service, loaded, photo, monkeypatch):
+    monkeypatch.delattr("mlx_vlm.tokenizer_utils.make_streaming_detokenizer")
+    service.adapters.adopt(*loaded, None)
+    assert service.adapters.own.reason.startswith("this mlx-vlm is not known: cannot import name")
+
+
 def test_another_model_type_is_served_by_mlx_vlm(loaded, service, monkeypatch):
     monkeypatch.setattr(loaded[0].config, "model_type", "gemma3")
     service.adapters.adopt(*loaded, None)
