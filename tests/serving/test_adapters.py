@@ -26,6 +26,7 @@ from integration.lora_patch.errors import LoraError
 from integration.lora_patch.flags import flags
 from integration.lora_patch.in_use import AdaptersInUse
 from integration.lora_patch.jobs import Recorder
+from integration.lora_patch.phrasebook import PHRASEBOOK, write_phrasebook
 from integration.lora_patch.sources import Source, find_sources, unpromoted
 from integration.lora_patch.switching import Use, make_switchable, switched_on
 from integration.lora_patch.vlm import encode, load_base
@@ -254,6 +255,15 @@ def test_two_weight_files_that_differ_are_refused(adapter, tmp_path, tiny_base):
     other = make_adapter(tmp_path / "other", tiny_base, 2)
     (adapter / "adapter_model.safetensors").write_bytes((other / "adapter_model.safetensors").read_bytes())
     with pytest.raises(LoraError, match="hold different adapters"):
+        read_adapter(source(adapter))
+
+
+def test_a_phrasebook_beside_the_weights_comes_with_the_adapter(adapter):
+    assert read_adapter(source(adapter)).phrasebook is None
+    write_phrasebook(adapter / PHRASEBOOK, [[1, 2, 3, 4, 5]])
+    assert read_adapter(source(adapter)).phrasebook.after([1, 2])[0] == 3
+    (adapter / PHRASEBOOK).write_bytes(b"no safetensors")
+    with pytest.raises(LoraError, match="no phrasebook"):
         read_adapter(source(adapter))
 
 
