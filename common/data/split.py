@@ -22,7 +22,7 @@ from pathlib import Path
 from common.data.near_duplicates import THUMB_LOAD, is_thumb, thumb_of
 from common.errors import UserError
 from common.files import read_json, read_rows
-from common.schemas import SPLIT_PHOTOGRAPH, SPLIT_RECORD, fault
+from common.schemas import MESSAGES, SPLIT_PHOTOGRAPH, SPLIT_RECORD, TRIPLET, fault
 from common.tables import counted
 from integration.lora_patch.photo import PhotoError, load_photo
 
@@ -84,11 +84,10 @@ def recovered(files: dict[str, Path], seed: int, val_split: float) -> Record | N
     record = Record(seed, val_split)
     for side, path in there.items():
         for number, row in read_rows(path):
-            hashes = row.get("image_sha256")
-            hashes = [hashes] if isinstance(hashes, str) else hashes
-            images = row.get("image_path") or row.get("images")
-            images = [images] if isinstance(images, str) else images
-            if not isinstance(hashes, list) or not isinstance(images, list) or len(hashes) != len(images):
+            problem = fault(row, MESSAGES if "messages" in row else TRIPLET)
+            hashes, images = row.get("image_sha256"), row.get("image_path") or row.get("images")
+            hashes, images = ([value] if isinstance(value, str) else value for value in (hashes, images))
+            if problem or not hashes or len(hashes) != len(images):
                 raise UserError(
                     f"{path}:{number}: does not tell its photograph, and the split record is gone; restore the record, "
                     "or split anew with --resplit"

@@ -451,6 +451,8 @@ def test_a_lost_record_is_made_anew_from_the_files_of_the_round(tree: Tree):
     result = tree.prepare()
     assert result.exit_code == 1
     assert f"{val}:1: does not tell its photograph, and the split record is gone; restore the record" in result.stderr
+    val.write_text(json.dumps({**tree.rows("ansel_train")[0], "image_path": [[1]]}))
+    assert "does not tell its photograph" in tree.prepare().stderr
 
 
 def test_the_order_of_the_manifest_changes_nothing(tree: Tree):
