@@ -14,6 +14,7 @@ from common.evaluation.gates import failed
 from common.files import read_json, read_rows, sha256_file, write_json
 from common.release.promotion import Rule, ensure_record, keep_report, locked, promote
 from common.tables import counted
+from common.training.run_folder import TRAINED
 from integration.lora_patch.versions import (
     ARGS,
     deployed_folder,
@@ -25,7 +26,6 @@ from integration.lora_patch.versions import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKER = ".trained"  # the trainer writes it last, and removes it when it starts
 UNDER_WAY = "round.json"  # beside the record, while a round lasts: the version that it makes
 NOT_PROMOTABLE = (3, 4)  # exit codes of evaluate_lora.py: it is finished, and the version is not promoted
 
@@ -96,7 +96,7 @@ def _train(options: RoundOptions, folder: Path) -> None:
     given = ["--base_model", options.base_model, *files, "--output_dir", str(folder), "--resume"]
     _run("3/4 train", "train_mlx_lora.py", given, options.train_args, hosts=options.hosts)
     # mlx.launch exits 0 after a process of its was killed, so the exit code alone proves nothing
-    if not (folder / MARKER).is_file():
+    if not (folder / TRAINED).is_file():
         raise UserError(f"{folder}: training did not finish; see above, then run the round again")
 
 

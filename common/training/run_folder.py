@@ -107,8 +107,11 @@ class RunFolder:
         """Say by a file that the run is finished, or that it is not."""
         if finished:
             write_text(self.path / TRAINED, "")
-        else:
+            return
+        try:
             (self.path / TRAINED).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); name another --output_dir") from error
 
 
 def data_differences(saved: dict | None, now: dict | None, label: str) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 import click
+import mlx.core as mx
 
 from common.training.distributed import Processes
 from common.training.leaving import resume_command
@@ -126,24 +127,41 @@ class Watchdog:
 
 
 def _connect(processes: Processes) -> list[Peer]:
-    """Connect every process with rank 0. OSError where that fails."""
-    own = {"rank": processes.rank, "host": socket.gethostname(), "pid": os.getpid()}
-    listener = socket.create_server((_address(), 0), backlog=processes.world) if processes.first else None
-    offer = processes.agreed(lambda: {**own, "address": listener.getsockname()[:2], "key": secrets.token_hex(16)})
-    if not processes.first:
-        connection = socket.create_connection(offer["address"], timeout=SILENCE)
-        connection.sendall(json.dumps({**own, "key": offer["key"]}).encode() + b"\n")
-        connection.setblocking(False)
-        return [Peer(0, connection, offer["host"], offer["pid"])]
+    """Connect every process with rank 0. OSError, on all of them, where one of them cannot."""
+    peers, problem = [], "another process could not connect"
+    own, listener = {"rank": processes.rank, "host": socket.gethostname(), "pid": os.getpid()}, None
+    try:
+        listener = socket.create_server((_address(), 0), backlog=processes.world) if processes.first else None
+    except OSError as error:
+        problem = str(error)
+    address = listener.getsockname()[:2] if listener else None
+    offer = processes.agreed(lambda: {**own, "address": address, "key": secrets.token_hex(16)})
+    try:
+        if listener:
+            peers = _accept(listener, processes.world - 1, offer["key"])
+        elif offer["address"]:
+            connection = socket.create_connection(offer["address"], timeout=SILENCE)
+            connection.sendall(json.dumps({**own, "key": offer["key"]}).encode() + b"\n")
+            connection.setblocking(False)
+            peers = [Peer(0, connection, offer["host"], offer["pid"])]
+    except OSError as error:
+        problem = str(error)
+    if processes.sum(mx.array([float(bool(peers))])).item() < processes.world:
+        raise OSError(problem)
+    return peers
+
+
+def _accept(listener: socket.socket, number: int, key: str) -> list[Peer]:
+    """Return the other processes, each of which has shown the ``key``; OSError when they do not come in time."""
     peers, until = [], time.monotonic() + SILENCE
     with listener:
-        while len(peers) < processes.world - 1:
+        while len(peers) < number:
             listener.settimeout(max(0.01, until - time.monotonic()))
             connection, _ = listener.accept()
             connection.settimeout(INTERVAL)
             with contextlib.suppress(OSError, ValueError, KeyError), connection.makefile("rb") as file:
                 hello = json.loads(file.readline(1000))
-                if secrets.compare_digest(hello.pop("key"), offer["key"]):
+                if secrets.compare_digest(hello.pop("key"), key):
                     connection.setblocking(False)
                     peers.append(Peer(connection=connection, **hello))
     return peers
