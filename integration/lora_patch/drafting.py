@@ -19,13 +19,16 @@ WINDOW = 24  # passes over which it is judged
 
 @dataclass
 class Pace:
-    """How long passes take here, by number of tokens: running means in seconds, and whether drafting pays."""
+    """How long passes take here, by number of tokens: running means in seconds."""
 
     seconds: dict[int, float] = field(default_factory=dict)
+    met: set[int] = field(default_factory=set)
 
     def note(self, tokens: int, seconds: float) -> None:
+        if tokens not in self.met:
+            self.met.add(tokens)  # the first pass of a width may compile something
+            return
         old = self.seconds.get(tokens)
-        # the first pass of a width compiles; later ones count little by little
         self.seconds[tokens] = seconds if old is None or seconds < old else 0.9 * old + 0.1 * seconds
 
     def marginal(self) -> float:
@@ -48,7 +51,7 @@ class Drafter:
         self._own: dict[tuple[int, ...], int] = {}  # context -> what followed it last
         self._rates = {"schema": 0.9, "phrasebook": 0.8, "own": 0.5}  # how often a source's guess held, running
         self._sources: list[str] = []
-        self._history: list[tuple[int, int, float]] = []  # tokens run, tokens gained, seconds, of the last passes
+        self._history: list[tuple[int, int, float]] = []  # tokens run, tokens won, seconds, of the last passes
         self._off, self._pause = FIRST, PAUSE
         self._started = 0.0
 
@@ -57,14 +60,14 @@ class Drafter:
         """Whether single steps are to be made now: at first, for their time, and after drafting did not pay."""
         return self._off > 0
 
-    def stepped(self, seconds: float | None) -> None:
-        """Note a single step; ``seconds`` where it could be told."""
+    def stepped(self, count: int, seconds: float | None) -> None:
+        """Note ``count`` single steps; ``seconds`` of one where it could be told."""
         if seconds is not None:
             self.pace.note(1, seconds)
-        self._off -= 1
+        self._off -= count
 
     def propose(self, tokens: list[int], longest: int) -> list[int]:
-        """Return a guess of what follows the answer so far, at most ``longest`` tokens; [] where nothing is likely."""
+        """Guess what follows the answer so far: at most ``longest`` tokens, none where nothing is likely."""
         self._sources = []
         if longest <= 0:
             return []
@@ -108,7 +111,7 @@ class Drafter:
         for at, source in enumerate(self._sources[: held + 1]):
             self._rates[source] += 0.1 * ((at < held) - self._rates[source])
         self.learn(gained, tokens)
-        self._judge(run, len(gained), seconds)
+        self._judge(run, len(gained))
 
     def learn(self, gained: list[int], tokens: list[int]) -> None:
         """Take in the answer's newest tokens, ``gained``; ``tokens`` is the whole answer with them."""
@@ -119,8 +122,8 @@ class Drafter:
         if self._schema and not self._schema.follows(gained):
             self._schema = None
 
-    def _judge(self, run: int, gained: int, seconds: float) -> None:
-        self._history = [*self._history[-WINDOW + 1 :], (run, gained, seconds)]
+    def _judge(self, run: int, gained: int) -> None:
+        self._history = [*self._history[-WINDOW + 1 :], (run, gained + 1, self.pace.seconds.get(run, 0.0))]
         single = self.pace.seconds.get(1)
         if not single or len(self._history) < WINDOW:
             return

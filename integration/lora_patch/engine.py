@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from . import decode_kernel
+from .decode_kernel import DecodeKernel, KernelBatch
 from .drafting import Drafter, Pace
 from .grammar import Grammar, Matcher
 from .language_model import Batch, LanguageModel, update_of
@@ -118,6 +120,8 @@ class Engine:
     def __init__(self, base: Base):
         self.base = base
         self.model = LanguageModel(base)
+        self.kernel_refusal = decode_kernel.refusal(self.model)  # why steps run as plain MLX operations
+        self.kernel = None if self.kernel_refusal else DecodeKernel(self.model)
         self.stop = stop_tokens(base)
         self.pace = Pace()
         self._ready: dict[int, tuple] = {}  # id of an adapter -> a weak reference to it, its layers, how they are held
@@ -127,7 +131,7 @@ class Engine:
 
     def way(self, adapter) -> str:
         """Return how an adapter's update is applied: "merged" copies of matrices, or "beside" the base's; "base"."""
-        return self._layers(adapter)[1]
+        return self._prepared(adapter)[1]
 
     def generate(
         self,
@@ -176,22 +180,27 @@ class Engine:
                 tokens = token if tokens is None else mx.concatenate([tokens, token])
                 read_at = None
             drafter = slots[0].drafter if batch.longest_draft(len(slots)) and len(slots) == 1 else None
-            following = None
+            chain, following = [tokens], None
             if not any(slot.matcher for slot in slots) and not (drafter and not drafter.resting):
                 # launched before the tokens are read, so that the accelerator never waits for Python
-                following = self._step(batch, slots, tokens, sampling)
+                left = max_tokens - max(len(slot.tokens) for slot in slots)
+                for _ in range(max(1, min(batch.ahead, left - 1))):
+                    chain.append(self._step(batch, slots, chain[-1], sampling))
+                following = chain.pop()
                 mx.async_eval(following)
-            kept = []
-            for at, (slot, token) in enumerate(zip(slots, tokens.tolist(), strict=True)):
-                finish = self._take(slot, token, max_tokens)
-                yield slot, [] if finish == "stop" else [token], finish
-                if not finish:
-                    kept.append(at)
-                    if slot.drafter:
+            alive = list(range(len(slots)))
+            for row in [tokens.tolist()] if len(chain) == 1 else mx.stack(chain).tolist():
+                for at in list(alive):
+                    slot, token = slots[at], row[at]
+                    finish = self._take(slot, token, max_tokens)
+                    if finish:
+                        alive.remove(at)
+                    elif slot.drafter:
                         slot.drafter.learn([token], slot.tokens)
-            now = time.perf_counter()
+                    yield slot, [] if finish == "stop" else [token], finish
+            kept, now = alive, time.perf_counter()
             if following is not None and drafter:
-                drafter.stepped(now - read_at if read_at else None)
+                drafter.stepped(len(chain), (now - read_at) / len(chain) if read_at else None)
             read_at = now if following is not None else None
             if following is None and kept:
                 slots, tokens = _keep(kept, slots, tokens, batch)
@@ -287,21 +296,28 @@ class Engine:
     def vocabulary(self) -> int:
         return self.base.model.language_model.args.vocab_size
 
-    def _batch(self, adapter, rows: int) -> Batch:
-        return Batch(self.model, self._layers(adapter)[0])
+    def _batch(self, adapter, rows: int) -> Batch | KernelBatch:
+        layers, _, lora = self._prepared(adapter)
+        if self.kernel is None or lora is None or rows > self.kernel.longest(lora[1]):
+            return Batch(self.model, layers)
+        return KernelBatch(self.kernel, layers, lora, rows)
 
-    def _layers(self, adapter) -> tuple[list[dict], str]:
+    def _prepared(self, adapter) -> tuple[list[dict], str, tuple | None]:
+        """Return an adapter's layers, how its update is applied, and (matrices, rank) for the kernel if it can."""
         if adapter is None:
-            return self.model.plain, "base"
+            return self.model.plain, "base", (None, 0)
         held = self._ready.get(id(adapter))
         if held is None or held[0]() is not adapter:
-            update = update_of(adapter)
+            update, key = update_of(adapter), id(adapter)
             merged = self.model.merges(update)
-            key = id(adapter)
             forget = weakref.ref(adapter, lambda _: self._ready.pop(key, None))
-            held = forget, self.model.layers(update, merged), "merged" if merged else "beside"
-            self._ready[id(adapter)] = held
-        return held[1], held[2]
+            lora = (None, 0)
+            if self.kernel and not merged:
+                rank = self.kernel.rank_of(update)
+                lora = (self.kernel.packed(update, rank), rank) if rank else None
+            held = forget, (self.model.layers(update, merged), "merged" if merged else "beside", lora)
+            self._ready[key] = held
+        return held[1]
 
 
 def _log_probabilities(logits: mx.array, ids: tuple[int, ...]) -> mx.array:

@@ -9,6 +9,7 @@ there is one: on an accelerator a step of one token is shorter than the host's t
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -43,6 +44,7 @@ class LanguageModel:
         self.parts = decoder(base.model)
         self.theta = float(base.model.language_model.args.rope_theta)
         self.dtype = self.parts.norm.dtype
+        self.tied = bool(base.model.language_model.args.tie_word_embeddings)
         self.shapes = [Shape(s.heads, s.kv_heads, s.head_dim, s.eps, s.grouped, self.theta) for s in self.parts.specs]
         self.plain = [
             self._laid_out(grouped, spec) for grouped, spec in zip(self.parts.grouped, self.parts.specs, strict=True)
@@ -70,10 +72,8 @@ class LanguageModel:
         found = []
         for i, (plain, spec) in enumerate(zip(self.plain, self.parts.specs, strict=True)):
             layer = dict(plain)
-            for group, names in GROUPS.items():
-                own = [update.get(f"{LAYERS}.{i}.{_NAMES[name]}") for name in names]
+            for group, own, widths in group_updates(self, update, i):
                 if any(own):
-                    widths = [dict(spec.widths)[name] for name in names]
                     self._add(layer, group, own, widths, merged and dict(spec.grouped)[group] == (None,))
             mx.eval(layer)
             found.append(layer)
@@ -95,12 +95,12 @@ class LanguageModel:
             return False
         size = 0
         for i, (plain, spec) in enumerate(zip(self.plain, self.parts.specs, strict=True)):
-            for group, names in GROUPS.items():
-                if any(f"{LAYERS}.{i}.{_NAMES[name]}" in update for name in names):
+            for group, own, _ in group_updates(self, update, i):
+                if any(own):
                     if dict(spec.grouped)[group] != (None,):
                         return False
                     size += plain[group][0][0].nbytes
-        return mx.get_active_memory() + size < MERGED_SHARE * device_memory()
+        return has_room(size)
 
     # -- the pieces of a pass -----------------------------------------------------------------------------------------
 
@@ -150,6 +150,14 @@ def update_of(adapter) -> Update | None:
     return {name: (module.lora_a, module.lora_b, adapter.scale) for name, module in adapter.modules.items()}
 
 
+def group_updates(model: LanguageModel, update: Update, layer: int) -> Iterator[tuple[str, list, list]]:
+    """Yield (group, its projections' updates or None, their (inputs, outputs)) of a layer."""
+    widths = dict(model.parts.specs[layer].widths)
+    for group, names in GROUPS.items():
+        own = [update.get(f"{LAYERS}.{layer}.{_NAMES[name]}") for name in names]
+        yield group, own, [widths[name] for name in names]
+
+
 def stacked(own: list, widths: list[tuple[int, int]]) -> tuple[mx.array, mx.array]:
     """Return a group's A side by side [inputs, ranks] and its scaled B as blocks [ranks, outputs], float32."""
     outputs = sum(width for _, width in widths)
@@ -160,6 +168,11 @@ def stacked(own: list, widths: list[tuple[int, int]]) -> tuple[mx.array, mx.arra
             b.append(mx.pad(pair[2] * pair[1].astype(mx.float32), [(0, 0), (at, outputs - at - width)]))
         at += width
     return mx.concatenate(a, axis=1), mx.concatenate(b)
+
+
+def has_room(size: int) -> bool:
+    """Whether copies of ``size`` bytes leave the memory far from full."""
+    return mx.get_active_memory() + size < MERGED_SHARE * device_memory()
 
 
 def device_memory() -> int:
@@ -270,6 +283,8 @@ def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 class Batch:
     """Rows that are decoded together, with their keys and values; rows join and leave between steps."""
+
+    ahead = 1  # steps that are started before the tokens of the last one are read
 
     def __init__(self, model: LanguageModel, layers: list[dict]):
         self.model, self.layers = model, layers

@@ -332,7 +332,7 @@ def decoder(model: nn.Module) -> Decoder:
                 pairs[short] = (module.lora_a, module.lora_b)
                 full[short] = f"{LAYERS}.{i}.{name}"
                 module = module.linear
-            arrays[short], how = _matrix(module)
+            arrays[short], how = stored_matrix(module)
             packing.append((short, how))
             widths.append((short, linear_size(module)))
         specs.append(
@@ -356,7 +356,7 @@ def decoder(model: nn.Module) -> Decoder:
         lora.append(pairs)
         names.append(full)
     tied = model.language_model.args.tie_word_embeddings
-    head, head_packing = _matrix(text.embed_tokens if tied else model.language_model.lm_head)
+    head, head_packing = stored_matrix(text.embed_tokens if tied else model.language_model.lm_head)
     rotary = text.layers[0].self_attn.rotary_emb
     return Decoder(
         specs, frozen, grouped, lora, names, text.norm.weight, text.args.rms_norm_eps, head, head_packing,
@@ -374,7 +374,7 @@ def group_weights(model: nn.Module) -> list[dict]:
     for layer, groups in zip(model.layers, found, strict=True):
         for group, names in GROUPS.items():
             modules = [_bare(_child(layer, name)) for name, short in _SHORT.items() if short in names]
-            stored = [_matrix(module) for module in modules]
+            stored = [stored_matrix(module) for module in modules]
             held = groups.get(group)
             if held is None or any(m.weight is not view for m, view in zip(modules, held[1], strict=True)):
                 if len({how for _, how in stored}) == 1 and len(stored) > 1:
@@ -403,7 +403,8 @@ def _bare(module: nn.Module) -> nn.Module:
     return module.linear if "lora_a" in module else module
 
 
-def _matrix(module: nn.Module) -> tuple[tuple, Packing | None]:
+def stored_matrix(module: nn.Module) -> tuple[tuple, Packing | None]:
+    """Return (weight,) or (weight, scales, biases) of a layer or an embedding, and how it is packed."""
     if "bias" in module:
         raise ValueError("a decoder projection with a bias: not a Qwen3-VL")
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):

@@ -1,31 +1,47 @@
-"""Time batched generation against one at a time, with and without an adapter, on a model of random weights.
+"""Time generation on a model of random weights: mlx-vlm's, torch's compiled step, and this project's engine.
 
-    python tests/benchmarks/bench_generate.py                                  # a tiny shape, any machine
-    python tests/benchmarks/bench_generate.py --shape 4b --tokens 384          # Qwen3-VL-4B's, bfloat16, a GPU
+    python tests/benchmarks/bench_generate.py                                   # a tiny shape, any machine
+    python tests/benchmarks/bench_generate.py --shape 4b --answers FILE --tokenizer FOLDER    # Qwen3-VL-4B's, a GPU
 
-Prints a table (tokens/s and seconds an answer, vision and prefill included; peak memory; ratios to mlx-vlm's one by
-one) and compares the greedy tokens of the batch with those of one by one: where they part, how far apart the two
-tokens' logits lay, against the rounding of the model's dtype. Reads and writes no files.
+One table, all rows from one run: tokens/s while decoding, seconds an answer with vision and prefill, the share of the
+limit that reading the weights sets, operations that MLX is given a step, and tokens a pass. Random weights accept no
+draft, so answers are replayed: everything is computed, and the token taken is the answer's. --answers names a file with
+a JSON object a line: "tokens" (ids), or "response" (text) with --tokenizer; "photo" keeps a phrasebook from the answers
+about the same photograph. Without it, the sample's answers are cut into words. Base and adapter take turns answer by
+answer. Reads those files, writes none.
 """
 
+import functools
+import io
 import json
+import random
+import re
+import statistics
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import click
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_vlm.generate import generate_step
 from mlx_vlm.models.qwen3_vl import Model, ModelConfig, TextConfig, VisionConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
 from common.model.lora import attach_lora, lora_parameters  # noqa: E402
-from integration.lora_patch import generation as generate
+from integration.lora_patch import engine as engines  # noqa: E402
 from integration.lora_patch import vlm  # noqa: E402
+from integration.lora_patch.engine import Engine, Request  # noqa: E402
+from integration.lora_patch.grammar import Grammar, answer_schema  # noqa: E402
+from integration.lora_patch.phrasebook import Continuations  # noqa: E402
+from tests.sample import scenes  # noqa: E402
 
 SHAPES = {
     "tiny": {
@@ -47,40 +63,287 @@ SHAPES = {
 }  # fmt: skip
 
 
+HEADER = "| | arm | bits | rows | tokens/s | s an answer | of the limit | operations a step | tokens a pass | peak GB |"
+COMPARED = 48  # tokens of mlx-vlm's answers, which take ten times as long
+
+
+@dataclass
+class Bench:
+    """What all rows are measured with."""
+
+    base: vlm.Base
+    photos: list[vlm.Encoded]
+    answers: list[dict]  # {"tokens": [...], "photo": ...}
+    adapter: object
+    bits: int
+    limit: float  # seconds in which the weights can be read once
+    repeats: int
+    rows: list[str]
+
+    def row(self, way: str, arm: str, batch: int, rate: float, seconds: float, operations="", tokens_a_pass="") -> None:
+        share = f"{rate / batch * self.limit:.0%}" if not tokens_a_pass else ""
+        cells = [way, arm, self.bits, batch, f"{rate:,.0f}", f"{seconds:.2f}", share, operations, tokens_a_pass]
+        self.rows.append("| " + " | ".join(map(str, [*cells, f"{mx.get_peak_memory() / 1e9:.1f}"])) + " |")
+        click.echo(self.rows[-1])
+        mx.reset_peak_memory()
+
+
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="tiny", show_default=True)
-@click.option("--tokens", default=96, show_default=True, help="tokens of each answer")
+@click.option(
+    "--answers", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSONL, see above"
+)
+@click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), help="folder of the tokenizer for them")
+@click.option("--bits", multiple=True, type=click.Choice(["16", "4"]), default=("16", "4"), show_default=True)
 @click.option("--batch_size", default=8, show_default=True)
-@click.option("--singles", default=2, show_default=True, help="answers generated one by one")
+@click.option("--repeats", default=3, show_default=True, help="answers a row; the median is printed")
 @click.option("--rank", default=16, show_default=True, help="of the adapter, on all seven projections")
-def main(shape: str, tokens: int, batch_size: int, singles: int, rank: int) -> None:
-    generate.LOOP_CHECK = 1 << 60  # random weights repeat themselves; here every answer has its full length
-    base = random_base(SHAPES[shape])
-    photos = [photo(SHAPES[shape], base, number) for number in range(batch_size)]
-    adapters = {"base": None, "adapter": random_adapter(base, rank)}
-    rows, outputs = [], {}
-    for name, adapter in adapters.items():
-        vlm.use_adapter(base, adapter)
-        for way, run, count in (
-            ("mlx-vlm, one by one", mlx_vlm_answers, singles),
-            ("one by one", single_answers, singles),
-            (f"batch of {batch_size}", batch_answers, batch_size),
-        ):
-            run(base, photos[:count], 8)  # compiles the kernels
-            mx.reset_peak_memory()
+@click.option("--peers/--no_peers", default=True, show_default=True, help="mlx-vlm and torch too")
+def main(shape, file, tokenizer, bits, batch_size, repeats, rank, peers) -> None:
+    engines.LOOP_CHECK = 1 << 60
+    answers = read_answers(file, tokenizer, SHAPES[shape]["text"]["vocab_size"])
+    click.echo(HEADER + "\n|" + " --- |" * 10)
+    for width in map(int, bits):
+        base = random_base(SHAPES[shape])
+        if width == 4:
+            nn.quantize(base.model.language_model, 64, 4)
+            mx.eval(base.model.parameters())
+        photos = [photo(SHAPES[shape], base, number) for number in range(batch_size)]
+        adapter = random_adapter(base, rank)
+        limit = weight_bytes(base) / bandwidth(SHAPES[shape]["dtype"] == mx.bfloat16)
+        bench = Bench(base, photos, answers, adapter, width, limit, repeats, [])
+        if peers:
+            guarded(mlx_vlm_rows, bench)
+        guarded(engine_rows, bench, batch_size)
+        del base, bench, adapter
+        mx.clear_cache()
+    if peers and "16" in bits:
+        guarded(torch_rows, SHAPES[shape]["text"], len(photos[0]), max(len(a["tokens"]) for a in answers), limit)
+    click.echo(json.dumps({"device": mx.device_info().get("device_name"), "mlx": mx.__version__}))
+
+
+def guarded(measure, *arguments) -> None:
+    """Run a part of the table; a part that fails says so and leaves the others."""
+    try:
+        measure(*arguments)
+    except Exception as error:
+        click.echo(f"| {measure.__name__} failed: {type(error).__name__}: {str(error)[:300]} |")
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def read_answers(file: Path | None, tokenizer: Path | None, vocabulary: int) -> list[dict]:
+    if file is None:
+        rng = random.Random(0)
+        found = [{"response": json.dumps(scenes.critique(scenes.random_scene(rng))), "photo": at} for at in range(24)]
+    else:
+        found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if tokenizer:
+        from transformers import AutoTokenizer
+
+        encode = AutoTokenizer.from_pretrained(tokenizer).encode
+    else:
+        names: dict[str, int] = {}
+        encode = lambda text: [names.setdefault(w, 20 + len(names)) % vocabulary for w in re.findall(r" ?\w+|\W", text)]  # noqa: E731, E501
+    return [
+        {
+            "tokens": row.get("tokens") or encode(row["response"]),
+            "photo": row.get("photo", at),
+            "schema": schema_of(row.get("response"), tokenizer),
+        }
+        for at, row in enumerate(found)
+    ]
+
+
+@functools.cache
+def schema_of(response: str | None, tokenizer: Path | None) -> Grammar | None:
+    """Return the grammar of answers with a response's dimensions, from which keys and punctuation are drafted."""
+    try:
+        names = tuple(part["name"] for part in json.loads(response or "")["dimensions"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return grammar_of(names, tokenizer) if tokenizer else None
+
+
+@functools.cache
+def grammar_of(names: tuple[str, ...], tokenizer: Path) -> Grammar:
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(tokenizer)
+    return Grammar(SimpleNamespace(processor=SimpleNamespace(tokenizer=found)), answer_schema(names))
+
+
+class Replay(Engine):
+    """An engine that computes everything and takes the tokens of given answers; a request's key is its answer's."""
+
+    def __init__(self, base: vlm.Base, answers: list[list[int]]):
+        super().__init__(base)
+        self.answers = [mx.array(np.array(tokens + [0] * 64, np.int32)) for tokens in answers]
+        self.known = answers
+        mx.eval(self.answers)
+
+    def _place(self, slot) -> int:
+        return slot.position - int(slot.request.row.position_ids.max()) - 1  # of the next token in its answer
+
+    def _choose(self, best, logits, slots, sampling):
+        best = super()._choose(best, logits, slots, sampling)
+        wanted = [self.answers[int(slot.request.key)][self._place(slot) :][:1] for slot in slots]
+        return (wanted[0] if len(wanted) == 1 else mx.concatenate(wanted)) + 0 * best
+
+    def _drafted(self, batch, slot, max_tokens):
+        at, answer, verify = self._place(slot) + 1, self.known[int(slot.request.key)], batch.verify
+
+        def replayed(tokens, wanted):
+            best, logits = verify(tokens, wanted)
+            found = (answer + [0] * 64)[at : at + best.shape[1]]
+            return mx.array([found], mx.int32) + 0 * best, logits
+
+        batch.verify = replayed
+        try:
+            return super()._drafted(batch, slot, max_tokens)
+        finally:
+            del batch.verify
+
+
+# -- the rows ---------------------------------------------------------------------------------------------------------
+
+
+def engine_rows(bench: Bench, batch_size: int) -> None:
+    """Time the engine: one stream without and with drafts, and a batch; base and adapter take turns."""
+    chosen = [at * len(bench.answers) // bench.repeats for at in range(bench.repeats)]
+    engine = Replay(bench.base, [answer["tokens"] for answer in bench.answers])
+    arms = {"base": None, "adapter": bench.adapter}
+    click.echo(
+        f"  engine: {engine.kernel_refusal or 'one kernel a step'}; adapter {engine.way(bench.adapter)}", err=True
+    )
+    books = {
+        at: Continuations([a["tokens"] for a in bench.answers if a["photo"] != bench.answers[at]["photo"]])
+        for at in chosen
+    }
+    operations = {arm: step_operations(engine, adapter, bench) for arm, adapter in arms.items()}
+    for drafting in (False, True):
+        found = {arm: [] for arm in arms}
+        for turn, at in enumerate([chosen[0], *chosen]):  # the first compiles
+            for arm in list(arms)[:: 1 if turn % 2 else -1]:
+                if arms[arm] is not None:
+                    arms[arm].phrasebook = books[at] if drafting else None
+                result = one_answer(engine, bench, at, arms[arm], drafting)
+                if turn:
+                    found[arm].append(result)
+        for arm, results in found.items():
+            rate, seconds, tokens_a_pass = (statistics.median(part) for part in zip(*results, strict=True))
+            shown = f"{tokens_a_pass:.2f}" if drafting else ""
+            bench.row("engine, drafts" if drafting else "engine", arm, 1, rate, seconds, operations[arm], shown)
+    found = {arm: [] for arm in arms}
+    for turn in range(3):
+        for arm, adapter in list(arms.items())[:: 1 if turn % 2 else -1]:
+            result = batch_of_answers(engine, bench, batch_size, adapter, 24 if turn == 0 else 256)
+            if turn:
+                found[arm].append(result)
+    for arm, results in found.items():
+        rate, seconds = (statistics.median(part) for part in zip(*results, strict=True))
+        bench.row("engine, batch", arm, batch_size, rate, seconds)
+
+
+def one_answer(engine: Replay, bench: Bench, at: int, adapter, drafting: bool) -> tuple[float, float, float]:
+    """Return (tokens/s after the first, seconds with vision and prefill, tokens a pass) of a whole answer."""
+    mx.synchronize()
+    start = time.perf_counter()
+    request = Request(vlm.prepare_row(bench.base, bench.photos[0]), str(at), schema=bench.answers[at]["schema"])
+    length, first, event = len(bench.answers[at]["tokens"]), None, None
+    for event in engine._decode([request], 1, length, engines.Sampling(), adapter, drafting):
+        first = first or (time.perf_counter(), len(event[1]))
+    slot = event[0]
+    end, count = time.perf_counter(), len(slot.tokens)
+    assert slot.tokens == bench.answers[at]["tokens"], "the replay went astray"
+    return (count - first[1]) / (end - first[0]), end - start, count / slot.passes
+
+
+def batch_of_answers(engine: Replay, bench: Bench, size: int, adapter, tokens: int) -> tuple[float, float]:
+    """Return (tokens/s of all rows while decoding, seconds an answer with vision and prefill)."""
+    start = time.perf_counter()
+    rows = [vlm.prepare_row(bench.base, encoded) for encoded in bench.photos[:size]]
+    requests = [Request(row, str(at % len(bench.answers))) for at, row in enumerate(rows)]
+    first, count = None, 0
+    for _, gained, _ in engine._decode(requests, size, tokens, engines.Sampling(), adapter, False):
+        first = first or time.perf_counter()
+        count += len(gained)
+    end = time.perf_counter()
+    return (count - size) / (end - first), (end - start) / size
+
+
+def step_operations(engine: Engine, adapter, bench: Bench) -> int:
+    """Return how many operations MLX is given for one step of one token."""
+    batch = engine._batch(adapter, 1)
+    batch.admit(vlm.prepare_row(bench.base, bench.photos[0]))
+    best, _ = batch.step(mx.array([5], mx.int32), False)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, best)
+    mx.eval(best)
+    return len(re.findall("label =", graph.getvalue()))
+
+
+def mlx_vlm_rows(bench: Bench) -> None:
+    """Time mlx-vlm's own generation, the first tokens of an answer."""
+    for arm, adapter in (("base", None), ("adapter", bench.adapter)):
+        vlm.use_adapter(bench.base, adapter)
+        try:
+            list(mlx_vlm_tokens(bench.base, bench.photos[0], 4))
             start = time.perf_counter()
-            found = run(base, photos[:count], tokens)
-            seconds = time.perf_counter() - start
-            outputs[name, way] = found
-            rows.append((name, way, count * tokens / seconds, seconds / count, mx.get_peak_memory() / 1e9))
-            print(f"  {name}, {way}: {count} answers in {seconds:.2f} s", file=sys.stderr)
-    print_table(rows)
-    for name, adapter in adapters.items():
-        vlm.use_adapter(base, adapter)
-        single = outputs[name, "one by one"]
-        compare("mlx-vlm's", outputs[name, "mlx-vlm, one by one"], single, base, photos, name)
-        compare(f"the batch of {batch_size}'s", outputs[name, f"batch of {batch_size}"], single, base, photos, name)
-    print(json.dumps({"device": str(mx.device_info()), "mlx": mx.__version__}))
+            times = [time.perf_counter() for _ in mlx_vlm_tokens(bench.base, bench.photos[0], COMPARED)]
+        finally:
+            vlm.use_adapter(bench.base, None)
+        step = (times[-1] - times[8]) / (len(times) - 9)
+        whole = times[0] - start + step * statistics.mean(len(answer["tokens"]) for answer in bench.answers)
+        bench.row("mlx-vlm", arm, 1, 1 / step, whole)
+
+
+def mlx_vlm_tokens(base: vlm.Base, encoded: vlm.Encoded, tokens: int) -> Iterator[int]:
+    ids, grid = mx.array(encoded.input_ids)[None], mx.array(encoded.image_grid_thw)
+    steps = generate_step(
+        ids, base.model, mx.array(encoded.pixel_values), None, max_tokens=tokens, temperature=0.0, image_grid_thw=grid
+    )
+    for token, _ in steps:
+        yield int(token)
+
+
+def torch_rows(text: dict, prompt: int, tokens: int, limit: float) -> None:
+    """Time torch.compile with CUDA graphs and a static cache, where torch is present: the steps alone."""
+    try:
+        import torch
+    except ImportError:
+        click.echo("| torch is not installed |")
+        return
+    if not torch.cuda.is_available():
+        click.echo("| torch has no GPU |")
+        return
+    from tests.benchmarks.torch_decode import steps_per_second
+
+    for arm, rank in (("base", 0), ("adapter", 16)):
+        rate = steps_per_second(text, rank, prompt, prompt + tokens)
+        cells = ["torch.compile, CUDA graphs", arm, 16, 1, f"{rate:,.0f}", "", f"{rate * limit:.0%}", "", "", ""]
+        click.echo("| " + " | ".join(map(str, cells)) + " |")
+
+
+def weight_bytes(base: vlm.Base) -> int:
+    """Return the bytes of the language model that a step reads: all but the embedding, unless it is the head too."""
+    return sum(array.nbytes for _, array in tree_flatten(base.model.language_model.parameters()))
+
+
+def bandwidth(accelerator: bool) -> float:
+    """Return the bytes a second at which this device reads memory."""
+    array = mx.ones((1 << (30 if accelerator else 24), 2), mx.bfloat16)
+    mx.eval(array)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        mx.eval(array.max())
+        best = min(best, time.perf_counter() - start)
+    return array.nbytes / best
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
 
 
 def random_base(shape: dict) -> vlm.Base:
@@ -126,62 +389,6 @@ def random_adapter(base: vlm.Base, rank: int) -> vlm.Adapter:
             tensors[name] = 0.01 * mx.random.normal(tensors[name].shape)
     vlm.use_adapter(base, None)
     return vlm.build_adapter(base, tensors, rank, 2 * rank)
-
-
-def mlx_vlm_answers(base: vlm.Base, photos: list[vlm.Encoded], tokens: int) -> list[list[int]]:
-    """Generate as mlx-vlm does, one photograph after another."""
-    found = []
-    for encoded in photos:
-        ids, grid = mx.array(encoded.input_ids)[None], mx.array(encoded.image_grid_thw)
-        steps = generate_step(
-            ids, base.model, mx.array(encoded.pixel_values), None, max_tokens=tokens, temperature=0.0,
-            image_grid_thw=grid,
-        )  # fmt: skip
-        found.append([int(token) for token, _ in steps])
-    return found
-
-
-def single_answers(base: vlm.Base, photos: list[vlm.Encoded], tokens: int) -> list[list[int]]:
-    return [batch_answers(base, [encoded], tokens)[0] for encoded in photos]
-
-
-def batch_answers(base: vlm.Base, photos: list[vlm.Encoded], tokens: int) -> list[list[int]]:
-    decoding = generate.Decoding(base)
-    requests = [generate.Request(vlm.prepare_row(base, encoded), str(at)) for at, encoded in enumerate(photos)]
-    answers = {answer.key: answer.tokens for answer in decoding.generate(requests, len(photos), tokens)}
-    return [answers[str(at)] for at in range(len(photos))]
-
-
-def compare(whose: str, found: list, single: list, base: vlm.Base, photos: list, name: str) -> None:
-    """Print how far two sets of greedy tokens agree and what was between the tokens where they part."""
-    same, gaps = 0, []
-    for encoded, ours, theirs in zip(photos, found, single, strict=False):
-        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
-        if at is None:
-            same += 1
-            continue
-        logits = logits_after(base, encoded, theirs[:at])
-        gaps.append((at, abs(float(logits[ours[at]] - logits[theirs[at]])), float(mx.abs(logits[theirs[at]]))))
-    count = min(len(found), len(single))
-    print(f"{name}: {whose} greedy tokens and one by one's: {same} of {count} answers identical")
-    for at, gap, size in gaps:
-        print(
-            f"  part at token {at}: logits {gap:.4f} apart at {size:.3f}; bfloat16 steps there are {size * 2**-8:.4f}"
-        )
-
-
-def logits_after(base: vlm.Base, encoded: vlm.Encoded, tokens: list[int]) -> mx.array:
-    """Return mlx-vlm's logits [V], float32, after a prompt and some tokens, without a cache."""
-    ids = mx.array(np.concatenate([encoded.input_ids, np.array(tokens, dtype=np.int32)]))[None]
-    out = base.model(ids, mx.array(encoded.pixel_values), image_grid_thw=mx.array(encoded.image_grid_thw))
-    return out.logits[0, -1].astype(mx.float32)
-
-
-def print_table(rows: list[tuple]) -> None:
-    print(f"{'':10}{'way':24}{'tokens/s':>10}{'s/answer':>10}{'peak GB':>10}{'x mlx-vlm':>11}")
-    for name, way, rate, seconds, peak in rows:
-        reference = next(row[2] for row in rows if row[0] == name and row[1].startswith("mlx-vlm"))
-        print(f"{name:10}{way:24}{rate:10,.1f}{seconds:10.2f}{peak:10.2f}{rate / reference:11.2f}")
 
 
 if __name__ == "__main__":

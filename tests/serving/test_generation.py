@@ -233,7 +233,7 @@ def test_watched_log_probabilities_are_those_of_a_forward_pass(engine, adapter, 
     whole = vlm.Row(ids, None, None, prompt.visual, prompt.features, prompt.deepstack)
     after = request.row.position_ids.max() + 1 + np.arange(20)
     whole.position_ids = np.concatenate([request.row.position_ids, np.tile(after, (3, 1))], axis=1).astype(np.int32)
-    layers = engine._layers(adapter)[0]
+    layers = engine._prepared(adapter)[0]
     length = len(request.row.input_ids)
     for drafting in (False, True):
         (answer,) = engine.generate([request], 1, 20, adapter=adapter, drafting=drafting)

@@ -1,0 +1,238 @@
+// One decoding step of a Qwen3 language model as one persistent kernel: all layers, the output head and the argmax.
+//
+// A grid of one block a multiprocessor walks through the phases of a layer (qkv | attention | o | gate and up | down);
+// a barrier over the grid parts them. Each warp owns a fixed range of every product's inputs and streams its part of
+// the weights through a ring of its own in shared memory by bulk copies. The stream does not depend on activations, so
+// it runs on while a barrier or attention is waited for: device memory is the only thing that should ever be busy.
+// Products run on tensor cores, tokens as the 16 rows of A (8 or 16 used), weights as the 8 columns of B.
+// The adapter: rows of A are further rows of the same product, taken first; a row of B is applied where an output is
+// finished. The Python side (decode_kernel.py) defines the model's dimensions in front of this text: LAYERS, E (hidden),
+// HEADS, KV (key-value heads), DIM (of a head), F (intermediate), V (vocabulary), EPS, RANK (0 without an adapter), MB
+// (rows at most: 8 or 16).
+
+namespace decode {
+
+typedef __nv_bfloat16 bf;
+typedef unsigned int u32;
+
+constexpr int WARPS = 8, THREADS = 256, SLOTS = 2, HALVES = MB / 8;
+constexpr int QW = HEADS * DIM, KW = KV * DIM, QKV = QW + 2 * KW, GROUP = HEADS / KV;
+constexpr int SUB = 128;  // columns of the cache that a block attends to at a time
+constexpr float NONE = -3.0e38f;
+constexpr u32 EMPTY = 0xffffffffu;  // a value of z that is not there yet: no product gives this NaN
+
+// -- geometry of the phases: 0 qkv, 1 o, 2 gate and up, 3 down, 4 output head -----------------------------------------
+
+__host__ __device__ constexpr int inputs(int p) { return p == 1 ? QW : p == 3 ? F : E; }
+__host__ __device__ constexpr int passes(int p) {
+  int c = inputs(p) / (32 * WARPS);
+  for (int n = 1; n <= c; n++)
+    if (c % n == 0 && c / n <= 20) return n;
+  return c;
+}
+__host__ __device__ constexpr int chunks(int p) { return inputs(p) / (32 * WARPS) / passes(p); }  // of 32 inputs
+__host__ __device__ constexpr int tiles(int p) { return p == 1 || p == 3 ? 1 : 2; }  // of 8 rows in a unit
+__host__ __device__ constexpr int bytes(int p) { return chunks(p) * 64; }  // of a row in a unit
+__host__ __device__ constexpr int pitch(int p) { return bytes(p) % 128 ? bytes(p) : bytes(p) + 64; }
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int SLOT = larger(larger(pitch(0) * 16, pitch(1) * 8), larger(pitch(2) * 16, pitch(3) * 8));
+__host__ __device__ constexpr int low(int p) { return RANK * (p == 0 ? 3 : p == 2 ? 2 : 1); }  // rows of A
+__host__ __device__ constexpr int rows(int p) { return p == 0 ? QKV : p == 2 ? 2 * F : E; }
+__host__ __device__ constexpr long lora_at(int p) {
+  long at = 0;
+  for (int i = 0; i < p; i++) at += (long)low(i) * inputs(i) + (long)rows(i) * RANK;
+  return at;
+}
+constexpr int ZW = RANK ? 3 * RANK : 1;
+constexpr int HELD = RANK ? 64 : 80;  // units of 16 rows, times tokens, whose partial sums are held at once  // of 16 rows whose partial sums are held at once
+constexpr int NORMS = 2 * E + 2 * DIM;
+
+// -- shared memory ----------------------------------------------------------------------------------------------------
+
+constexpr int Q_PITCH = DIM * 2 + 64, P_PITCH = SUB * 2 + 64, S_PITCH = SUB + 8;
+constexpr int PARTS = larger(HELD * 2 * WARPS * 8 * 4, 16 * (Q_PITCH + P_PITCH + S_PITCH * 4) + 192);
+constexpr int A_BYTES = RANK ? larger(larger(bytes(0), bytes(1)), larger(bytes(2), bytes(3))) : 0;
+constexpr int AT_PARTS = SLOTS * WARPS * SLOT, AT_ZP = AT_PARTS + PARTS, AT_ZA = AT_ZP + (RANK ? WARPS * MB * 4 : 0), AT_ZS = AT_ZA + WARPS * A_BYTES,
+              AT_SS = AT_ZS + (RANK ? MB * ZW * 4 : 0), AT_BAR = AT_SS + WARPS * MB * 4,
+              AT_TABLE = AT_BAR + SLOTS * WARPS * 8, AT_MISC = AT_TABLE + (LAYERS * 4 + 1) * 8, SHARED = AT_MISC + 64;
+
+// -- scratch in device memory, in bytes -------------------------------------------------------------------------------
+
+constexpr long S_BAR = 0, S_X0 = 4096, S_X1 = S_X0 + 16l * E * 2, S_QKV = S_X1 + 16l * E * 2,
+               S_ATT = S_QKV + 16l * QKV * 4, S_ACT = S_ATT + 16l * QW * 2, S_BEST = S_ACT + 16l * F * 2,
+               S_ML = S_BEST + 256l * 16 * 8, S_PO = S_ML + (long)KV * 32 * 16 * GROUP * 8,
+               S_Z = S_PO + (long)KV * 32 * 16 * GROUP * DIM * 4, S_END = S_Z + (long)LAYERS * 4 * 16 * 96 * 4;
+
+struct Args {
+  const int* tokens;
+  const int* meta;  // columns of the cache, sequences of the cache, rows, tokens a sequence, then (sequence, column,
+                    // position) a row
+  const long* table;  // addresses of the matrices: 4 a layer, head, embedding
+  const bf* norms;
+  const bf* lora;
+  bf* keys;    // [LAYERS, sequences, KV, columns, DIM]
+  bf* values;  // [LAYERS, sequences, KV, DIM, columns]
+  const float* frequencies;  // [DIM / 2]
+  char* scratch;
+  int* next;
+  int* meta_next;
+  float* logits;  // [rows, V] or null
+};
+
+// -- small things -----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 shared_at(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void stop_if_stuck(u32& tries) {
+  if (++tries > (1u << 26)) __trap();
+}
+__device__ __forceinline__ void mbar_wait(u32 bar, u32 parity) {
+  u32 done = 0, tries = 0;
+  while (!done) {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    stop_if_stuck(tries);
+  }
+}
+__device__ __forceinline__ u32 load_acquire(const u32* p) {
+  u32 v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_l2(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ u32 load_volatile(const u32* p) {
+  u32 v;
+  asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ float2 two(u32 v) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v)); }
+__device__ __forceinline__ u32 pack(float a, float b) {
+  __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<u32*>(&v);
+}
+__device__ __forceinline__ float round_bf(float v) { return __bfloat162float(__float2bfloat16(v)); }
+__device__ __forceinline__ float dot8(uint4 b, const float* z) {
+  float2 u = two(b.x), v = two(b.y), x = two(b.z), y = two(b.w);
+  return u.x * z[0] + u.y * z[1] + v.x * z[2] + v.y * z[3] + x.x * z[4] + x.y * z[5] + y.x * z[6] + y.y * z[7];
+}
+
+// -- a block's view of the step ---------------------------------------------------------------------------------------
+
+struct Unit {  // what a warp's stream brings next
+  int layer, p, pass, u;
+};
+
+struct Block {
+  Args a;
+  char* sm;
+  int b, n, tid, warp, lane, g, t, M;
+  u32 ticket;  // the barrier's highest bit before the next release
+  Unit ahead;
+  u32 taken;  // units used so far by this warp
+
+  // the block's rows (channels of gate and up) in a phase, and their units: worked out once, see step()
+  __device__ __forceinline__ int lo(int p) const { return reinterpret_cast<const int*>(sm + AT_MISC)[1 + 3 * p]; }
+  __device__ __forceinline__ int hi(int p) const { return reinterpret_cast<const int*>(sm + AT_MISC)[2 + 3 * p]; }
+  __device__ __forceinline__ int units(int p) const { return reinterpret_cast<const int*>(sm + AT_MISC)[3 + 3 * p]; }
+  __device__ __forceinline__ bool has_z(int p) const { return RANK && p < 4 && b < low(p); }
+  __device__ __forceinline__ char* at(long offset) const { return a.scratch + offset; }
+  __device__ __forceinline__ const bf* matrix_a(int layer, int p) const {
+    return a.lora + layer * lora_at(4) + lora_at(p);
+  }
+  __device__ __forceinline__ const bf* matrix_b(int layer, int p) const {
+    return matrix_a(layer, p) + (long)low(p) * inputs(p);
+  }
+  __device__ __forceinline__ u32* z_at(int layer, int p) const {
+    return reinterpret_cast<u32*>(at(S_Z)) + (long)(layer * 4 + p) * 16 * 96;
+  }
+  __device__ __forceinline__ const char* row_of_a() const { return sm + AT_ZA + warp * A_BYTES; }
+  // Fetch this warp's part of the block's row of A.
+  __device__ __forceinline__ void fetch_a(int layer, int p, int pass) const {
+    const char* from = reinterpret_cast<const char*>(matrix_a(layer, p) + (long)b * inputs(p)) + (warp * passes(p) + pass) * bytes(p);
+    for (int i = lane; i < chunks(p) * 4; i += 32)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_at(row_of_a() + i * 16)), "l"(from + i * 16) : "memory");
+  }
+  __device__ __forceinline__ u32 bar(u32 slot) const { return shared_at(sm + AT_BAR) + (warp * SLOTS + slot) * 8; }
+  __device__ __forceinline__ char* slot(u32 s) const { return sm + (warp * SLOTS + s) * SLOT; }
+
+  // Return where this lane's row of a unit lies, whether there is one, and its length in bytes.
+  __device__ __forceinline__ bool source(const Unit& unit, const char*& from, int& size) const {
+    const int p = unit.p;
+    if (p > 4) return false;
+    const int count = p == 0 ? passes(0) : p == 1 ? passes(1) : p == 2 ? passes(2) : p == 3 ? passes(3) : passes(4);
+    size = p == 0 ? bytes(0) : p == 1 ? bytes(1) : p == 2 ? bytes(2) : p == 3 ? bytes(3) : bytes(4);
+    const int high = p == 0 || p == 4 ? 16 : 8;
+    int row = lo(p) + unit.u * high + (p == 2 ? lane & 7 : lane);
+    const bool valid = lane < (p == 2 ? 16 : high) && row < hi(p);
+    if (p == 2 && lane & 8) row += F;
+    from = reinterpret_cast<const char*>(reinterpret_cast<const long*>(sm + AT_TABLE)[p == 4 ? LAYERS * 4 : unit.layer * 4 + p]) +
+           (long)row * inputs(p) * 2 + (long)(warp * count + unit.pass) * size;
+    return valid;
+  }
+  __device__ __forceinline__ void advance(Unit& unit) const {
+    const int p = unit.p;
+    if (p > 4 || ++unit.u < units(p)) return;
+    unit.u = 0;
+    if (++unit.pass < (p == 0 ? passes(0) : p == 1 ? passes(1) : p == 2 ? passes(2) : p == 3 ? passes(3) : passes(4))) return;
+    unit.pass = 0;
+    unit.p = p + 1;
+    if (p == 3 && ++unit.layer < LAYERS) unit.p = 0;
+  }
+  // Start the copies of the next unit into a slot that is free.
+  __device__ __forceinline__ void issue(u32 s) {
+    const char* from;
+    int size = 0;
+    if (ahead.p <= 4) {
+      const bool valid = source(ahead, from, size);
+      const int pad = ahead.p == 0 ? pitch(0) : ahead.p == 1 ? pitch(1) : ahead.p == 2 ? pitch(2) : ahead.p == 3 ? pitch(3) : pitch(4);
+      const u32 total = __popc(__ballot_sync(~0u, valid)) * size;
+      if (lane == 0)
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar(s)), "r"(total) : "memory");
+      __syncwarp();
+      if (valid)
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+                     "r"(shared_at(slot(s) + lane * pad)), "l"(from), "r"(size), "r"(bar(s)) : "memory");
+      advance(ahead);
+    }
+  }
+  __device__ __forceinline__ const char* take() {
+    u32 s = taken % SLOTS;
+    mbar_wait(bar(s), (taken / SLOTS) & 1);
+    return slot(s);
+  }
+  __device__ __forceinline__ void give() {
+    __syncwarp();
+    issue(taken % SLOTS);
+    taken++;
+  }
+
+  // Keep the compiler from working out one phase's indices in another, where they would only take registers.
+  __device__ __forceinline__ void forget() {
+    asm volatile("" : "+r"(warp), "+r"(lane), "+r"(g), "+r"(t));
+  }
+  // the barrier over the grid, in two halves
+  __device__ __forceinline__ void arrive() {
+    __syncthreads();
+    if (tid == 0) {
+      __threadfence();
+      asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(at(S_BAR)), "r"(b == 0 ? 0x80000000u - (n - 1) : 1u) : "memory");
+    }
+  }
+  __device__ __forceinline__ void wait() {
+    if (tid == 0) {
+      u32 tries = 0;
+      while (((ticket ^ load_acquire(reinterpret_cast<u32*>(at(S_BAR)))) & 0x80000000u) == 0) stop_if_stuck(tries);
+      ticket ^= 0x80000000u;
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace decode

@@ -1,0 +1,232 @@
+// Attention of a decoding step (see decode.cu): the cache is split over blocks, the last of a head puts it together.
+namespace decode {
+
+// -- attention --------------------------------------------------------------------------------------------------------
+
+// Normalise and turn one head of 128 (or 64) values, held DIM / 32 to a lane: lane, lane + 32, ...
+__device__ __forceinline__ void turned(const Block& k, const float* from, const bf* weight, int position, float (&v)[DIM / 32]) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < DIM / 32; i++) {
+    v[i] = __ldcg(from + k.lane + 32 * i);
+    sum += v[i] * v[i];
+  }
+  for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+  const float f = rsqrtf(sum / DIM + EPS);
+#pragma unroll
+  for (int i = 0; i < DIM / 32; i++) v[i] = round_bf(v[i] * f * __bfloat162float(weight[k.lane + 32 * i]));
+#pragma unroll
+  for (int i = 0; i < DIM / 64; i++) {
+    float s, c;
+    sincosf(position * k.a.frequencies[k.lane + 32 * i], &s, &c);
+    s = round_bf(s), c = round_bf(c);
+    const float a = v[i], b = v[i + DIM / 64];
+    v[i] = a * c - b * s;
+    v[i + DIM / 64] = b * c + a * s;
+  }
+}
+
+__device__ __forceinline__ void attention(Block& k, int layer) {
+  k.forget();
+
+  const int kvh = k.b % KV, per = min(k.n / KV, 32), index = k.b / KV;
+  const int* meta = k.a.meta;
+  const int columns = meta[0], T = meta[3], S = k.M / T, splits = max(per / S, 1);
+  char* qs = k.sm + AT_PARTS;
+  char* ps = qs + 16 * Q_PITCH;
+  float* sc = reinterpret_cast<float*>(ps + 16 * P_PITCH);
+  float* top_of = sc + 16 * S_PITCH;  // of each query: highest score, sum of weights, how the last columns scale
+  const bf* norms = k.a.norms + (long)layer * NORMS + 2 * E;
+  const float* qkv = reinterpret_cast<const float*>(k.at(S_QKV));
+  float* out = reinterpret_cast<float*>(k.at(S_PO));
+  float2* ml = reinterpret_cast<float2*>(k.at(S_ML));
+  uint4 kr[SUB / 64][DIM / 32], vr[DIM / 64][SUB / 32];
+  bf *keys, *values;
+  int first, n, chunk, c0, c1;
+  const int* row;
+  auto place = [&](int item) {
+    const int s = item % S, split = item / S;
+    row = meta + 4 + 3 * s * T;
+    first = row[1], n = first + T, chunk = ((n + splits - 1) / splits + 31) / 32 * 32, c0 = split * chunk, c1 = min(n, c0 + chunk);
+    const long head = ((long)layer * meta[1] + row[0]) * KV + kvh;
+    keys = k.a.keys + head * columns * DIM, values = k.a.values + head * DIM * columns;
+  };
+  auto load = [&](int base, int from) {  // columns base .. base + SUB that are ``from`` or later
+#pragma unroll
+    for (int i = 0; i < SUB / 64; i++) {
+      const int col = base + (k.warp + i * WARPS) * 8 + k.g;
+      if (col - k.g < c1 && col >= from)
+#pragma unroll
+        for (int c = 0; c < DIM / 32; c++) kr[i][c] = *reinterpret_cast<const uint4*>(keys + (long)col * DIM + c * 32 + k.t * 8);
+    }
+#pragma unroll
+    for (int i = 0; i < DIM / 64; i++)
+#pragma unroll
+      for (int c = 0; c < SUB / 32; c++)
+        if (base + c * 32 < c1 && base + c * 32 + k.t * 8 + 7 >= from)
+          vr[i][c] = *reinterpret_cast<const uint4*>(values + (long)((k.warp + i * WARPS) * 8 + k.g) * columns + base + c * 32 + k.t * 8);
+  };
+  const int items = S * splits;
+  if (index < items && index < per) {  // the cache does not depend on this layer's queries: fetch it while others finish
+    place(index);
+    if (c0 < n) {
+      load(c0, 0);
+      for (int i = k.tid + SUB * DIM / 64; i < (c1 - c0) * DIM / 64; i += THREADS)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + (long)c0 * DIM + i * 64));
+      const int lines = (c1 - c0 - SUB + 63) / 64;
+      for (int i = k.tid; i < DIM * lines; i += THREADS)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(values + (long)(i / lines) * columns + c0 + SUB + i % lines * 64));
+    }
+  }
+  k.wait();
+  for (int item = index; index < per && item < items; item += per) {
+    place(item);
+    const int s = item % S, split = item / S;
+    if (c0 < n) {
+      for (int j = k.warp; j < 8 * ((2 * T + 7) / 8); j += WARPS) {  // the new columns that are this block's
+        const int which = j / 8 * 8 + 7 - j % 8, t = which / 2, col = first + t;
+        if (t >= T || col < c0 || col >= c1) continue;
+        const float* from = qkv + (long)(s * T + t) * QKV + QW + kvh * DIM;
+        if (which % 2) {
+          for (int i = k.lane; i < DIM; i += 32) values[(long)i * columns + col] = __float2bfloat16(__ldcg(from + KW + i));
+        } else {
+          float v[DIM / 32];
+          turned(k, from, norms + DIM, row[3 * t + 2], v);
+#pragma unroll
+          for (int i = 0; i < DIM / 32; i++) keys[(long)col * DIM + k.lane + 32 * i] = __float2bfloat16(v[i]);
+        }
+      }
+      for (int r0 = 0; r0 < GROUP * T; r0 += 16) {
+        if (r0 || item != index) load(c0, 0);
+        const int real = min(16, GROUP * T - r0);  // queries; what stands in the other rows is never used
+        for (int r = k.warp; r < real; r += WARPS) {
+          const int t = (r0 + r) / GROUP, h = (r0 + r) % GROUP;
+          float v[DIM / 32];
+          turned(k, qkv + (long)(s * T + t) * QKV + (kvh * GROUP + h) * DIM, norms, row[3 * t + 2], v);
+#pragma unroll
+          for (int i = 0; i < DIM / 32; i++) reinterpret_cast<bf*>(qs + r * Q_PITCH)[k.lane + 32 * i] = __float2bfloat16(v[i]);
+        }
+        float o[DIM / 64][4] = {};
+#pragma unroll 1
+        for (int base = c0; base < c1; base += SUB) {
+          if (base > c0) load(base, 0);
+          __syncthreads();
+          if (base + SUB > first) load(base, first);  // again what has just been written
+#pragma unroll
+          for (int i = 0; i < SUB / 64; i++) {
+            const int col = base + (k.warp + i * WARPS) * 8;
+            if (col >= c1) continue;
+            float acc[4] = {0, 0, 0, 0}, other[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int c = 0; c < DIM / 32; c++) {
+              uint4 p = *reinterpret_cast<const uint4*>(qs + k.g * Q_PITCH + c * 64 + k.t * 16);
+              uint4 q = *reinterpret_cast<const uint4*>(qs + (k.g + 8) * Q_PITCH + c * 64 + k.t * 16);
+              mma(acc, p.x, q.x, p.y, q.y, kr[i][c].x, kr[i][c].y);
+              mma(other, p.z, q.z, p.w, q.w, kr[i][c].z, kr[i][c].w);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+              const int r = k.g + (e / 2) * 8, c = col + 2 * k.t + e % 2, t = (r0 + r) / GROUP;
+              sc[r * S_PITCH + c - base] = c <= first + t && c < c1 ? (acc[e] + other[e]) * rsqrtf((float)DIM) : NONE;
+            }
+          }
+          __syncthreads();
+          const int wide = (min(SUB, c1 - base) + 31) / 32 * 32, held = (min(SUB, c1 - base) + 7) / 8 * 8;
+          for (int r = k.warp; r < real; r += WARPS) {
+            float v[SUB / 32], top = NONE, sum = 0;
+#pragma unroll
+            for (int i = 0; i < SUB / 32; i++) {
+              v[i] = k.lane + 32 * i < held ? sc[r * S_PITCH + k.lane + 32 * i] : NONE;
+              top = fmaxf(top, v[i]);
+            }
+            for (int i = 16; i; i >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+            const float before = base > c0 ? top_of[r] : NONE;
+            top = fmaxf(top, before);
+#pragma unroll
+            for (int i = 0; i < SUB / 32; i++) {
+              const float e = v[i] == NONE ? 0.0f : __expf(v[i] - top);
+              sum += e;
+              if (32 * i < wide) reinterpret_cast<bf*>(ps + r * P_PITCH)[k.lane + 32 * i] = __float2bfloat16(e);
+            }
+            for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
+            if (k.lane == 0) {
+              const float f = before == NONE ? 0.0f : __expf(before - top);
+              top_of[r] = top;
+              top_of[16 + r] = base > c0 ? top_of[16 + r] * f + sum : sum;
+              top_of[32 + r] = f;
+            }
+          }
+          __syncthreads();
+          const float f0 = top_of[32 + k.g], f1 = top_of[40 + k.g];
+#pragma unroll
+          for (int i = 0; i < DIM / 64; i++) {
+            if (base > c0) o[i][0] *= f0, o[i][1] *= f0, o[i][2] *= f1, o[i][3] *= f1;
+#pragma unroll
+            for (int c = 0; c < SUB / 32; c++) {
+              if (c * 32 >= wide) break;
+              uint4 p = *reinterpret_cast<const uint4*>(ps + k.g * P_PITCH + c * 64 + k.t * 16);
+              uint4 q = *reinterpret_cast<const uint4*>(ps + (k.g + 8) * P_PITCH + c * 64 + k.t * 16);
+              mma(o[i], p.x, q.x, p.y, q.y, vr[i][c].x, vr[i][c].y);
+              mma(o[i], p.z, q.z, p.w, q.w, vr[i][c].z, vr[i][c].w);
+            }
+          }
+        }
+        const long at = (long)(kvh * 32 + split) * 16 * GROUP + s * T * GROUP + r0;
+#pragma unroll
+        for (int i = 0; i < DIM / 64; i++)
+#pragma unroll
+          for (int h = 0; h < 2; h++)
+            if (k.g + 8 * h < real)
+              __stcg(reinterpret_cast<float2*>(out + (at + k.g + 8 * h) * DIM + (k.warp + i * WARPS) * 8 + 2 * k.t), make_float2(o[i][2 * h], o[i][2 * h + 1]));
+        if (k.tid < real) __stcg(ml + at + k.tid, make_float2(top_of[k.tid], top_of[16 + k.tid]));
+        __syncthreads();
+      }
+    }
+    // the last block of a head and sequence puts the parts together
+    __syncthreads();
+    int* flag = reinterpret_cast<int*>(k.sm + AT_MISC);
+    u32* count = reinterpret_cast<u32*>(k.at(S_BAR)) + 128 + kvh * 16 + s;
+    if (k.tid == 0) {
+      __threadfence();
+      *flag = atomicAdd(count, 1u) == splits - 1;
+    }
+    __syncthreads();
+    if (!*flag) continue;
+    __threadfence();
+    if (k.tid == 0) *count = 0;
+    const int used = (n + chunk - 1) / chunk;
+    for (int i = k.tid; i < T * GROUP * DIM / 4; i += THREADS) {
+      const int r = i / (DIM / 4), d = i % (DIM / 4) * 4;
+      float top = NONE, sum = 0;
+      float4 o = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+      for (int from = 0; from < used; from += 16) {
+        float2 e[16];
+        float4 v[16];
+        float higher = top;
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+          const long at = (long)(kvh * 32 + min(from + j, used - 1)) * 16 * GROUP + s * T * GROUP + r;
+          e[j] = __ldcg(ml + at);
+          v[j] = __ldcg(reinterpret_cast<const float4*>(out + at * DIM + d));
+        }
+#pragma unroll
+        for (int j = 0; j < 16; j++) higher = fmaxf(higher, e[j].x);
+        const float old = top == NONE ? 0.0f : __expf(top - higher);
+        top = higher;
+        sum *= old, o.x *= old, o.y *= old, o.z *= old, o.w *= old;
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+          const float f = from + j >= used || e[j].x == NONE ? 0.0f : __expf(e[j].x - top);
+          sum += f * e[j].y;
+          o.x += f * v[j].x, o.y += f * v[j].y, o.z += f * v[j].z, o.w += f * v[j].w;
+        }
+      }
+      bf* to = reinterpret_cast<bf*>(k.at(S_ATT)) + (long)(s * T + r / GROUP) * QW + (kvh * GROUP + r % GROUP) * DIM + d;
+      __stcg(reinterpret_cast<uint2*>(to), make_uint2(pack(o.x / sum, o.y / sum), pack(o.z / sum, o.w / sum)));
+    }
+  }
+  k.arrive();
+}
+
+}  // namespace decode

@@ -1,0 +1,285 @@
+// The products of a decoding step (see decode.cu), the output head's with the choice of the token.
+namespace decode {
+
+template <int P>
+__device__ __forceinline__ void multiply(const char* from, const u32 (&x)[chunks(P)][4 * HALVES], float (&acc)[4], int g, int t) {
+  constexpr int H = 4 * (HALVES - 1);
+  float part[4][4] = {};  // four chains: a tensor core's answer takes as long as several products
+#pragma unroll
+  for (int c = 0; c < chunks(P); c++) {
+    uint4 w = *reinterpret_cast<const uint4*>(from + g * pitch(P) + c * 64 + t * 16);
+    mma(part[c % 2 * 2], x[c][0], H ? x[c][H] : 0, x[c][1], H ? x[c][H + 1] : 0, w.x, w.y);
+    mma(part[c % 2 * 2 + 1], x[c][2], H ? x[c][H + 2] : 0, x[c][3], H ? x[c][H + 3] : 0, w.z, w.w);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) acc[i] = part[0][i] + part[1][i] + part[2][i] + part[3][i];
+}
+
+template <int P>
+__device__ __forceinline__ float update(const uint4 (&b)[RANK / 8 + 1], const float* z) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < RANK / 8; i++) sum += dot8(b[i], z + 8 * i);
+  return sum;
+}
+
+// One product: x0 or x1, attended values or activations in, finished outputs out.
+template <int P>
+__device__ __forceinline__ void product(Block& k, int layer) {
+  k.forget();
+
+  constexpr int N = chunks(P), T = tiles(P), NP = passes(P);
+  constexpr bool NORMED = P == 0 || P == 2 || P == 4;
+  constexpr int H = 4 * (HALVES - 1);
+  constexpr int SPAN = P == 0 ? 64 : P == 2 ? 128 : P == 4 ? 256 : 32;  // threads side by side in the epilogue
+  const int M = k.M, nu = k.units(P), lo = k.lo(P), hi = k.hi(P), at_once = min(SPAN / (T == 2 && P != 2 ? 16 : 8), HELD / M);
+  float* parts = reinterpret_cast<float*>(k.sm + AT_PARTS);
+  float* squares = reinterpret_cast<float*>(k.sm + AT_SS);
+  float* zp = reinterpret_cast<float*>(k.sm + AT_ZP);
+  float* zs = reinterpret_cast<float*>(k.sm + AT_ZS);
+
+  // what does not depend on the phase before
+  uint4 b0[RANK / 8 + 1], b1[RANK / 8 + 1];
+  auto load_b = [&](int row) {
+    if (!RANK || P == 4 || row >= hi) return;
+    const bf* b = k.matrix_b(layer, P < 4 ? P : 0) + (long)row * RANK;
+#pragma unroll
+    for (int i = 0; i < RANK / 8; i++) {
+      b0[i] = reinterpret_cast<const uint4*>(b)[i];
+      if (P == 2) b1[i] = reinterpret_cast<const uint4*>(b + (long)F * RANK)[i];
+    }
+  };
+  load_b(lo + k.tid % SPAN);
+  if (P < 4 && k.has_z(P)) k.fetch_a(layer, P, 0);
+  k.wait();
+  if (RANK && (layer || P)) {  // z of the phase before has been read by all: empty it for the next step
+    constexpr int before = (P + 3) % 4;
+    const int l = P == 0 || P == 4 ? layer - 1 : layer;
+    if (k.has_z(before) && k.tid < M) k.z_at(l, before)[k.tid * low(before) + k.b] = EMPTY;
+  }
+
+  const bf* x = reinterpret_cast<const bf*>(k.at(P == 0 || P == 4 ? S_X0 : P == 1 ? S_ATT : P == 2 ? S_X1 : S_ACT));
+  float best[P == 4 ? MB : 1];
+  int best_at[P == 4 ? MB : 1];
+  if (P == 4)
+#pragma unroll
+    for (int m = 0; m < MB; m++) best[m] = NONE, best_at[m] = 0;
+  float zacc[4] = {0, 0, 0, 0};
+  u32 early[2] = {EMPTY, EMPTY};
+#pragma unroll 1
+  for (int pass = 0; pass < NP; pass++) {
+    u32 in[N][4 * HALVES];
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) {
+      float sum = 0;
+      const int m = k.g + 8 * h;
+      const bf* from = x + (long)m * inputs(P) + (k.warp * NP + pass) * N * 32 + k.t * 8;
+      uint4 v[N], norm[NORMED ? N : 1];
+      if (NORMED) {
+        const bf* w = k.a.norms + (P == 4 ? (long)LAYERS * NORMS : (long)layer * NORMS + (P == 2 ? E : 0));
+#pragma unroll
+        for (int c = 0; c < N; c++) norm[NORMED ? c : 0] = *reinterpret_cast<const uint4*>(w + k.warp * N * 32 + c * 32 + k.t * 8);
+      }
+#pragma unroll
+      for (int c = 0; c < N; c++) v[c] = m < M ? load_l2(from + c * 32) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int c = 0; c < N; c++) {
+        if (NORMED) {
+          const u32 a[4] = {v[c].x, v[c].y, v[c].z, v[c].w}, w[4] = {norm[NORMED ? c : 0].x, norm[NORMED ? c : 0].y, norm[NORMED ? c : 0].z, norm[NORMED ? c : 0].w};
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            float2 p = two(a[i]), q = two(w[i]);
+            sum += p.x * p.x + p.y * p.y;
+            in[c][4 * h + i] = pack(p.x * q.x, p.y * q.y);
+          }
+        } else {
+          in[c][4 * h] = v[c].x, in[c][4 * h + 1] = v[c].y, in[c][4 * h + 2] = v[c].z, in[c][4 * h + 3] = v[c].w;
+        }
+      }
+      if (NORMED) {  // the norm's factor is applied to the outputs: the same for a whole row
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (k.t == 0) squares[k.warp * MB + m] = sum;
+      }
+    }
+    auto factor = [&](int m) {
+      if (!NORMED) return 1.0f;
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) sum += squares[w * MB + m];
+      return rsqrtf(sum / inputs(P) + EPS);
+    };
+    auto low_product = [&]() {  // of this block's row of A
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      __syncwarp();
+      float part[4][4] = {};
+#pragma unroll
+      for (int c = 0; c < N; c++) {
+        const uint4 w = k.g ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(k.row_of_a() + c * 64 + k.t * 16);
+        mma(part[c % 2 * 2], in[c][0], H ? in[c][H] : 0, in[c][1], H ? in[c][H + 1] : 0, w.x, w.y);
+        mma(part[c % 2 * 2 + 1], in[c][2], H ? in[c][H + 2] : 0, in[c][3], H ? in[c][H + 3] : 0, w.z, w.w);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) zacc[i] += part[0][i] + part[1][i] + part[2][i] + part[3][i];
+      __syncwarp();
+      if (pass < NP - 1) k.fetch_a(layer, P, pass + 1);
+      else {
+        if (k.t == 0)
+#pragma unroll
+          for (int h = 0; h < HALVES; h++) zp[k.warp * MB + k.g + 8 * h] = zacc[2 * h];
+        __syncthreads();
+        if (k.tid < M) {
+          float sum = 0;
+#pragma unroll
+          for (int w = 0; w < WARPS; w++) sum += zp[w * MB + k.tid];
+          __stcg(reinterpret_cast<float*>(k.z_at(layer, P)) + k.tid * low(P) + k.b, sum * factor(k.tid));
+        }
+      }
+    };
+#pragma unroll 1
+    for (int from_unit = 0; from_unit < nu; from_unit += at_once) {
+      const int to_unit = min(nu, from_unit + at_once);
+      if (RANK && P < 4 && pass == NP - 1 && from_unit) load_b(lo + from_unit * 8 + k.tid % SPAN);
+#pragma unroll 1
+      for (int u = from_unit; u < to_unit; u++) {
+        float acc[T][4];
+        if (RANK && P < 4 && u == nu - 1 && pass == NP - 1) {  // on their way while the last unit is worked on
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            if (k.tid + i * THREADS < M * low(P)) early[i] = load_volatile(k.z_at(layer, P) + k.tid + i * THREADS);
+        }
+        const char* from = k.take();
+#pragma unroll
+        for (int i = 0; i < T; i++) {
+          multiply<P>(from + i * 8 * pitch(P), in, acc[i], k.g, k.t);
+        }
+        k.give();
+#pragma unroll
+        for (int i = 0; i < T; i++)
+#pragma unroll
+          for (int h = 0; h < HALVES; h++) {
+            const int m = k.g + 8 * h;
+            if (m >= M) continue;
+            float2* to = reinterpret_cast<float2*>(parts + ((((u - from_unit) * T + i) * WARPS + k.warp) * M + m) * 8 + 2 * k.t);
+            float2 sum = make_float2(acc[i][2 * h], acc[i][2 * h + 1]);
+            if (NP > 1 && pass) { float2 old = *to; sum.x += old.x; sum.y += old.y; }
+            *to = sum;
+          }
+        // after the first unit, so that the stream runs on meanwhile
+        if (P < 4 && u == 0 && k.has_z(P)) low_product();
+      }
+      if (pass < NP - 1) continue;
+      if (RANK && P < 4 && from_unit == 0) {
+        const u32* z = k.z_at(layer, P);
+        for (int i = k.tid; i < M * low(P); i += THREADS) {
+          u32 v = i < THREADS ? early[0] : i < 2 * THREADS ? early[1] : EMPTY, tries = 0;
+          while (v == EMPTY) {
+            v = load_volatile(z + i);
+            stop_if_stuck(tries);
+          }
+          zs[i] = __uint_as_float(v);
+        }
+      }
+      __syncthreads();
+      const int at = k.tid % SPAN;
+      auto whole = [&](int tile, int m) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += parts[((tile * WARPS + w) * M + m) * 8 + at % 8];
+        return sum;
+      };
+      const int row = lo + from_unit * (P == 0 || P == 4 ? 16 : 8) + at;
+      const bool mine = row < hi && at < (to_unit - from_unit) * (P == 0 || P == 4 ? 16 : 8);
+      if (mine)
+#pragma unroll
+        for (int j = 0; j < MB / (THREADS / SPAN) + (MB % (THREADS / SPAN) ? 1 : 0); j++) {
+          const int m = SPAN == THREADS ? j : k.tid / SPAN + j * (THREADS / SPAN);
+          if (m >= M) break;
+          if (P == 0) {
+            float y = whole(at / 8, m) * factor(m);
+            if (RANK) y += update<P>(b0, zs + m * low(0) + (row < QW ? 0 : row < QW + KW ? RANK : 2 * RANK));
+            __stcg(reinterpret_cast<float*>(k.at(S_QKV)) + (long)m * QKV + row, y);
+          } else if (P == 2) {
+            const float f = factor(m);
+            float gate = whole(at / 8 * 2, m) * f, up = whole(at / 8 * 2 + 1, m) * f;
+            if (RANK) gate += update<P>(b0, zs + m * low(2)), up += update<P>(b1, zs + m * low(2) + RANK);
+            reinterpret_cast<bf*>(k.at(S_ACT))[(long)m * F + row] = __float2bfloat16(gate / (1.0f + __expf(-gate)) * up);
+          } else if (P == 4) {
+            const float y = whole(at / 8, m) * factor(m);
+            if (k.a.logits) k.a.logits[(long)m * V + row] = y;
+            if (y > best[P == 4 ? m : 0]) best[P == 4 ? m : 0] = y, best_at[P == 4 ? m : 0] = row;
+          } else {
+            float y = whole(at / 8, m);
+            if (RANK) y += update<P>(b0, zs + m * low(P == 3 ? 3 : 1));
+            const bf* old = reinterpret_cast<const bf*>(k.at(P == 1 ? S_X0 : S_X1)) + (long)m * E + row;
+            y += __bfloat162float(__ldcg(old));
+            reinterpret_cast<bf*>(k.at(P == 1 ? S_X1 : S_X0))[(long)m * E + row] = __float2bfloat16(y);
+          }
+        }
+      if (to_unit < nu) __syncthreads();
+    }
+  }
+  if (P < 4) {
+    k.arrive();
+    return;
+  }
+  // the best token of each row: of the block, then of the grid
+  __syncthreads();
+  float2* found = reinterpret_cast<float2*>(parts);
+#pragma unroll
+  for (int m = 0; m < MB; m++) {
+    if (m >= M) break;
+    float v = best[P == 4 ? m : 0];
+    int i = best_at[P == 4 ? m : 0];
+    for (int o = 16; o; o >>= 1) {
+      float w = __shfl_xor_sync(~0u, v, o);
+      int j = __shfl_xor_sync(~0u, i, o);
+      if (w > v || (w == v && j < i)) v = w, i = j;
+    }
+    if (k.lane == 0) found[m * WARPS + k.warp] = make_float2(v, __int_as_float(i));
+  }
+  __syncthreads();
+  float2* all = reinterpret_cast<float2*>(k.at(S_BEST));
+  if (k.tid < M) {
+    float2 v = found[k.tid * WARPS];
+    for (int w = 1; w < WARPS; w++) {
+      float2 o = found[k.tid * WARPS + w];
+      if (o.x > v.x || (o.x == v.x && __float_as_int(o.y) < __float_as_int(v.y))) v = o;
+    }
+    __stcg(all + k.b * 16 + k.tid, v);
+    __threadfence();
+  }
+  __syncthreads();
+  int* flag = reinterpret_cast<int*>(k.sm + AT_MISC);
+  u32* count = reinterpret_cast<u32*>(k.at(S_BAR)) + 64;
+  if (k.tid == 0) {
+    __threadfence();
+    *flag = atomicAdd(count, 1u) == k.n - 1;
+  }
+  __syncthreads();
+  if (!*flag) return;
+  __threadfence();
+  if (k.tid == 0) *count = 0;
+  for (int m = k.warp; m < M; m += WARPS) {
+    float v = NONE;
+    int i = 0;
+    for (int b = k.lane; b < k.n; b += 32) {
+      float2 o = __ldcg(all + b * 16 + m);
+      int j = __float_as_int(o.y);
+      if (o.x > v || (o.x == v && j < i)) v = o.x, i = j;
+    }
+    for (int o = 16; o; o >>= 1) {
+      float w = __shfl_xor_sync(~0u, v, o);
+      int j = __shfl_xor_sync(~0u, i, o);
+      if (w > v || (w == v && j < i)) v = w, i = j;
+    }
+    if (k.lane == 0) k.a.next[m] = i;
+  }
+  if (k.tid < 64) {
+    int v = k.tid < 4 + 3 * 16 ? k.a.meta[k.tid] : 0;
+    if (k.tid >= 4 && k.tid < 4 + 3 * M && (k.tid - 4) % 3) v += k.a.meta[3];
+    k.a.meta_next[k.tid] = v;
+  }
+}
+
+}  // namespace decode

@@ -1,0 +1,39 @@
+// A decoding step (see decode.cu): embedding, layers, output head.
+namespace decode {
+
+__device__ __forceinline__ void step(const Args& args) {
+  extern __shared__ __align__(128) char shared[];
+  Block k;
+  k.a = args, k.sm = shared;
+  k.b = blockIdx.x, k.n = gridDim.x, k.tid = threadIdx.x, k.warp = threadIdx.x / 32, k.lane = threadIdx.x % 32;
+  k.g = k.lane / 4, k.t = k.lane % 4, k.M = args.meta[2], k.taken = 0;
+  k.ticket = load_acquire(reinterpret_cast<u32*>(k.at(S_BAR)));
+  for (int i = k.tid; i < LAYERS * 4 + 1; i += THREADS) reinterpret_cast<long*>(shared + AT_TABLE)[i] = args.table[i];
+  if (k.tid < 5) {
+    const int p = k.tid, of = p == 0 ? QKV : p == 2 ? F : p == 4 ? V : E, high = p == 0 || p == 4 ? 16 : 8;
+    int* to = reinterpret_cast<int*>(shared + AT_MISC) + 1 + 3 * p;
+    to[0] = (int)((long)of * k.b / k.n), to[1] = (int)((long)of * (k.b + 1) / k.n), to[2] = (to[1] - to[0] + high - 1) / high;
+  }
+  if (k.tid < SLOTS * WARPS)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_at(shared + AT_BAR) + k.tid * 8) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncthreads();
+  k.ahead = {0, 0, 0, 0};
+  for (int s = 0; s < SLOTS; s++) k.issue(s);
+  if (k.b < k.M) {
+    const uint4* from = reinterpret_cast<const uint4*>(reinterpret_cast<const bf*>(args.table[LAYERS * 4 + 1]) + (long)args.tokens[k.b] * E);
+    for (int i = k.tid; i < E / 8; i += THREADS) __stcg(reinterpret_cast<uint4*>(k.at(S_X0) + (long)k.b * E * 2) + i, from[i]);
+  }
+  k.arrive();
+#pragma unroll 1
+  for (int layer = 0; layer < LAYERS; layer++) {
+    product<0>(k, layer);
+    attention(k, layer);
+    product<1>(k, layer);
+    product<2>(k, layer);
+    product<3>(k, layer);
+  }
+  product<4>(k, LAYERS);
+}
+
+}  // namespace decode
