@@ -82,6 +82,12 @@ class ScriptCommand(click.Command):
             if error.errno != errno.ENAMETOOLONG:
                 raise
             raise UserError(f"{str(error.filename)[:60]}...: longer than a path can be; name another") from error
+        except UnicodeEncodeError as error:
+            if not re.search(r"[\udc80-\udcff]", error.object):
+                raise
+            raise UserError(
+                f"{error.object.encode('utf-8', 'backslashreplace').decode()[:200]}: no UTF-8 text; rename the folder or file"
+            ) from error
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
             ctx.exit(130)

@@ -73,12 +73,12 @@ class Locator:
 
     def _walk(self) -> None:
         for parent, folders, files in os.walk(self.folder, onerror=_tell_unreadable):
-            folders.sort()
+            folders[:] = sorted(filter(_is_text, folders))
             relative = os.path.relpath(parent, self.folder).replace(os.sep, "/")
             for name in folders:
                 if os.path.islink(os.path.join(parent, name)) and not self._is_inside(os.path.join(parent, name)):
                     self._leaving.add(_key(name))
-            for name in sorted(files):
+            for name in sorted(filter(_is_text, files)):
                 path = os.path.join(parent, name)
                 try:
                     status = os.lstat(path)
@@ -147,6 +147,16 @@ class Locator:
             return [], True
         inside = os.path.relpath(os.path.normpath(os.path.join(self._real, *parts)), self._real)
         return inside.split(os.sep), inside.split(os.sep)[0] == ".."
+
+
+def _is_text(name: str) -> bool:
+    """Tell whether a name is UTF-8; no job can name another, and no row hold its path."""
+    try:
+        name.encode()
+        return True
+    except UnicodeEncodeError:
+        click.echo(f"{os.fsencode(name)!r}: the name is no UTF-8 text; passed over", err=True)
+        return False
 
 
 def _tell_unreadable(error: OSError) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 from typing import Any
 
-from .json_text import find_objects, is_number, strings_in
+from .json_text import find_objects, is_number, is_too_deep, strings_in
 from .specification import (
     DIMENSION_KEYS,
     DIMENSION_SPELLINGS,
@@ -24,6 +24,7 @@ from .specification import (
 
 _NUMBER = re.compile(r"\s*\(?\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*(?:/\s*10(?:\.0)?)?\s*\)?\s*")
 _MAX_NAME = 100  # characters of a dimension's name
+_MAX_EXTRA = 8  # levels of what a prompt asks for beyond the canonical keys
 _SCORE = DIMENSION_SPELLINGS["score"]
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -70,7 +71,7 @@ def canonical(value: dict, extra: frozenset[str] = frozenset()) -> tuple[dict, l
         if found[key] and isinstance(value[key], str):
             mends.append("list_from_text")
     analysis = {key: found[key] for key in KEYS if found[key] or found[key] == 0}
-    analysis |= {key: value[key] for key in value if key in extra}
+    analysis |= _extras(value, extra)
     if "flat_dimensions" not in mends and not {*KEYS, *sum(SPELLINGS.values(), ()), *extra} >= value.keys():
         mends.append("other_keys")
     if any(not text.isprintable() and _CONTROL.search(text) for text in strings_in(analysis)):
@@ -156,7 +157,11 @@ def _dimension(item: dict, extra: frozenset[str], mends: list[str]) -> dict:
     if not item.keys() <= used | extra:
         mends.append("other_keys")
     result = {"name": proper, "score": score, **{key: _text(value) for key, (value, _) in texts.items()}}
-    return {key: value for key, value in result.items() if value != ""} | {k: item[k] for k in item if k in extra}
+    return {key: value for key, value in result.items() if value != ""} | _extras(item, extra)
+
+
+def _extras(item: dict, extra: frozenset[str]) -> dict:
+    return {key: item[key] for key in item if key in extra and not is_too_deep(item[key], _MAX_EXTRA)}
 
 
 def _first(item: dict, spellings: tuple[str, ...]) -> tuple[Any, str | None]:

@@ -59,10 +59,10 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def is_too_deep(value: Any) -> bool:
-    """Tell whether a parsed value is nested deeper than `MAX_DEPTH`."""
+def is_too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
+    """Tell whether a parsed value is nested deeper than ``levels``."""
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(levels):
         level = [
             item
             for holder in level

@@ -134,6 +134,20 @@ def test_names_that_no_file_can_have_are_one_line(tree: Tree):
         result = tree.link(option, "x" * 5000)
         assert result.exit_code == 1 and isinstance(result.exception, SystemExit), option
         assert result.stderr.startswith("Error: xxx") and len(result.stderr.splitlines()) == 1
+        result = tree.link(option, str(tree.source / "\udcff"))
+        assert result.exit_code == 1 and isinstance(result.exception, SystemExit), option
+
+
+def test_names_that_are_no_text_are_passed_over(tree: Tree):
+    tree.job("one", "photo.jpg", analysis(1))
+    tree.job("inside", "inside.jpg", analysis(1))
+    (Path(os.fsdecode(os.fsencode(tree.source) + b"/\xff"))).mkdir()
+    photo = (tree.source / "photo.jpg").read_bytes()
+    for name in (b"/source/\xff/inside.jpg", b"/source/\xfe.jpg", b"/analysis_md/\xfd.md"):
+        Path(os.fsdecode(os.fsencode(tree.folder) + name)).write_bytes(photo)
+    result = tree.link()
+    assert result.exit_code == 0 and "b'\\xff': the name is no UTF-8 text; passed over" in result.stderr
+    assert tree.reasons() == {"inside": "image_missing"}
 
 
 def test_a_folder_that_cannot_be_read_is_told(tree: Tree, monkeypatch):
