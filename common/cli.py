@@ -85,9 +85,8 @@ class ScriptCommand(click.Command):
         except UnicodeEncodeError as error:
             if not re.search(r"[\udc80-\udcff]", error.object):
                 raise
-            raise UserError(
-                f"{error.object.encode('utf-8', 'backslashreplace').decode()[:200]}: no UTF-8 text; rename the folder or file"
-            ) from error
+            name = error.object.encode("utf-8", "backslashreplace").decode()[:200]
+            raise UserError(f"{name}: no UTF-8 text; rename the folder or file") from error
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
             ctx.exit(130)
