@@ -64,11 +64,11 @@ def run_round(options: RoundOptions) -> tuple[str, int]:
     with locked(options.models, options.advisor):
         ensure_record(options.models, options.advisor)
         have = find_versions(options.models, options.advisor)
+        incumbent = deployed_folder(record_path(options.models, options.advisor))
         under_way = record_path(options.models, options.advisor).with_name(UNDER_WAY)
-        number = read_json(under_way)["version"] if under_way.is_file() else max(have, default=0) + 1
+        number = _interrupted(under_way, incumbent) or max(have, default=0) + 1
         write_json(under_way, {"version": number})
         have = {known: folder for known, folder in have.items() if known != number}
-        incumbent = deployed_folder(record_path(options.models, options.advisor))
         against = f"v{parse_folder(incumbent)[1]}, which is in use" if incumbent else "the base alone"
         click.echo(f"Round for {options.advisor}: v{number}, to be compared with {against}")
         _make_data(options)
@@ -79,6 +79,14 @@ def run_round(options: RoundOptions) -> tuple[str, int]:
         outcome = _decide(options, number, _evaluate(options, folder, incumbent))
         under_way.unlink()
         return outcome
+
+
+def _interrupted(under_way: Path, incumbent: Path | None) -> int | None:
+    """Return the version of a round that was interrupted before it was decided; None where there is none."""
+    found = read_json(under_way) if under_way.is_file() else None
+    number = found.get("version") if isinstance(found, dict) else None
+    decided = incumbent is not None and parse_folder(incumbent)[1] == number
+    return number if type(number) is int and number > 0 and not decided else None
 
 
 def _make_data(options: RoundOptions) -> None:

@@ -33,7 +33,7 @@ class Canary:
         self.split, self.problem, self.looked = shares[0], None, None
         self.noted, self.looking = 0, threading.Lock()
         try:
-            jobs = running_test(read_jobs(database)).jobs
+            jobs = running_test(read_jobs(database, in_test=True)).jobs
         except (LoraError, sqlite3.Error, OSError) as error:
             self.problem = one_line(error)
             return
@@ -53,7 +53,7 @@ class Canary:
         if self.split == 0.0 or not self.looking.acquire(blocking=False):
             return
         try:
-            test = dataclasses.replace(running_test(read_jobs(self.database)), share=self.split)
+            test = dataclasses.replace(running_test(read_jobs(self.database, in_test=True)), share=self.split)
             self.problem, self.looked = None, time.strftime("%Y-%m-%dT%H:%M:%S")
             if broken := broken_guardrails(test):
                 self.split, self.problem = 0.0, broken

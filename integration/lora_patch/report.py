@@ -1,12 +1,15 @@
 """Compare the arms from the jobs table: figures of each, what the running test shows by now, and what to do next."""
 
+import contextlib
 import math
+import sqlite3
 import statistics
 import time
 from pathlib import Path
 
 from .ab_test import ADAPTER, BASE, LADDER, ABTest, Advice, advise, as_dict, compare, running_test
 from .arms import ARMS
+from .errors import LoraError
 from .report_jobs import AnsweredJob, read_jobs
 
 HEADINGS = ["arm", "jobs", "photographs", "average score", "valid", "failed", "fallbacks", "median s", "p95 s",
@@ -135,9 +138,9 @@ def watch(database: Path, seconds: float, schedule: tuple[float, ...] = LADDER) 
 
     0: the scores are higher; 3: lower; 4: a guardrail is broken; 5: they differ by too little to matter.
     """
-    said = None
+    said, jobs = None, read_jobs(database, in_test=True)
     while True:
-        test = running_test(read_jobs(database))
+        test = running_test(jobs)
         advice = advise(test, schedule)
         if advice.sentence != said:
             said = advice.sentence
@@ -145,3 +148,5 @@ def watch(database: Path, seconds: float, schedule: tuple[float, ...] = LADDER) 
         if advice.exit_code is not None:
             return advice.exit_code
         time.sleep(seconds)
+        with contextlib.suppress(LoraError, sqlite3.Error):  # busy for the moment: the next look will do
+            jobs = read_jobs(database, in_test=True)

@@ -1,6 +1,7 @@
 """What the jobs table says of each answered job: its arm, photograph, score, validity and time."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -42,10 +43,11 @@ class AnsweredJob:
     seconds: float | None  # of generation
 
 
-def read_jobs(path: Path) -> list[AnsweredJob]:
+def read_jobs(path: Path, in_test: bool = False) -> list[AnsweredJob]:
     """Return the jobs that were answered or failed, oldest first; both eras of the table. LoraError for no database.
 
-    A failed job counts where the table names its arm: it is an answer that the arm did not give.
+    A failed job counts where the table names its arm: it is an answer that the arm did not give. ``in_test``: only
+    jobs of an A/B test.
     """
     try:
         db = connect(path, "ro")
@@ -60,7 +62,9 @@ def read_jobs(path: Path) -> list[AnsweredJob]:
             columns = ", ".join(
                 f"CAST({name} AS BLOB) AS {name}" if name in names else f"NULL AS {name}" for name in wanted
             )
-            for row in db.execute(f"SELECT {columns} FROM jobs"):
+            # a table from before the column has no job of a test
+            where = " WHERE model_used LIKE 'ab_test_%'" if in_test and "model_used" in names else " LIMIT 0" * in_test
+            for row in db.execute(f"SELECT {columns} FROM jobs{where}"):
                 texts = (None if value is None else bytes(value).decode("utf-8", "replace") for value in row)
                 raw = dict(zip(wanted, texts, strict=True))
                 if (job := _answered(raw, raw[key], photographs)) is not None:
@@ -137,6 +141,16 @@ def _judged(raw: dict) -> tuple[bool, float | None]:
     return False, None
 
 
+@functools.lru_cache(maxsize=100_000)  # a canary looks again and again
+def _content(path: Path) -> str | None:
+    """Return what is equal for files of the same bytes, from size and beginning; None for one that is not there."""
+    try:
+        with open(path, "rb") as file:
+            return f"{path.stat().st_size}-{hashlib.sha256(file.read(65536)).hexdigest()}"
+    except (OSError, ValueError):
+        return None
+
+
 class _Photographs:
     """Tells which jobs are of one photograph: by the file's bytes where it is still there, else by its name."""
 
@@ -153,14 +167,8 @@ class _Photographs:
         return self.known[filename]
 
     def _content(self, filename: str) -> str | None:
-        for place in (self.folder / filename, self.folder / "source" / Path(filename).name):
-            try:
-                with open(place, "rb") as file:
-                    head = file.read(65536)
-                    return f"{place.stat().st_size}-{hashlib.sha256(head).hexdigest()}"
-            except (OSError, ValueError):
-                continue
-        return None
+        places = self.folder / filename, self.folder / "source" / Path(filename).name
+        return next((found for place in places if (found := _content(place)) is not None), None)
 
     def _plain(self, name: str) -> str:
         """Return a name without what an upload adds: UUID_ before it, -1a2b3c4d before the ending.

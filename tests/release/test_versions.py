@@ -456,3 +456,14 @@ def test_two_advisors_in_one_folder_share_no_file(work, tiny_base, monkeypatch):
     assert len(ansel) == len(mary) == 6 and not ansel & mary
     assert "training_data_mary.ellen_manifest.jsonl" in mary
     assert str(work / "models" / "qwen3-vl-4b-lora-mary.ellen") in mary
+
+
+@pytest.mark.parametrize("content", [{"version": 2}, {"version": "x"}, [], {"version": 0}])
+def test_what_is_left_of_a_decided_round_or_damaged_is_not_gone_on_with(work, content):
+    assert run(work, "promote", "--version", "v1").exit_code == 0
+    assert run(work, "promote", "--version", "v2").exit_code == 0
+    path = work / "models" / "ansel" / "round.json"
+    write_json(path, content)
+    assert rounds._interrupted(path, versions.version_folder(work / "models", "ansel", 2)) is None
+    write_json(path, {"version": 3})
+    assert rounds._interrupted(path, versions.version_folder(work / "models", "ansel", 2)) == 3

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from integration.lora_patch.errors import LoraError
 from integration.lora_patch.jobs import migrate
-from integration.lora_patch.report import HEADINGS
+from integration.lora_patch.report import HEADINGS, watch
+from integration.lora_patch.report_jobs import read_jobs
 from tests.standin.running import PATCH, ROOT, make_db
 
 
@@ -227,3 +229,26 @@ def test_what_is_no_database_is_said_in_one_line(tmp_path):
         assert done.returncode == 1 and done.stderr.startswith(f"lora_patch: {tmp_path / name}: ")
         assert done.stderr.count("\n") == 1
     assert report(tmp_path / "none.db", "--schedule", "50%,5%").returncode == 2
+
+
+def test_watch_survives_a_database_that_is_busy_for_a_moment(jobs, monkeypatch, capsys):
+    fill(jobs, "ab_test_base", scattered(6, 60, 1))
+    fill(jobs, "ab_test_fine_tuned", scattered(7.5, 60, 2), adapter_version="v2")
+    found = [[], LoraError("busy"), sqlite3.OperationalError("locked"), read_jobs(jobs, in_test=True)]
+
+    def read(path, in_test):
+        now = found.pop(0)
+        if isinstance(now, Exception):
+            raise now
+        return now
+
+    monkeypatch.setattr("integration.lora_patch.report.read_jobs", read)
+    assert watch(jobs, 0.01) == 0 and "points higher" in capsys.readouterr().out
+
+
+def test_only_jobs_of_a_test_are_read_for_it(jobs, tmp_path):
+    fill(jobs, "base", [6.0] * 3)
+    fill(jobs, "ab_test_base", [6.0] * 2)
+    assert [job.arm for job in read_jobs(jobs, in_test=True)] == ["ab_test_base"] * 2
+    old = make_db(tmp_path / "old.db", "CREATE TABLE jobs (id TEXT PRIMARY KEY, status TEXT)", rows=3)
+    assert read_jobs(old, in_test=True) == [] and len(read_jobs(old)) == 3
