@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -174,6 +175,7 @@ def canaries(rng: np.random.Generator, tests: int, jobs: int, drift: float = 1.0
     return {name: float(rows.mean()) for name, rows in found.items()} | {"jobs": float(np.median(arrived))}
 
 
+@click.command(help=__doc__.split("\n\n")[0])
 def main() -> None:
     began = time.perf_counter()
     print("2,000 tests without a difference, looked at after each of 1,000 jobs: share with an alarm")
