@@ -88,8 +88,10 @@ def _hash(tokens: list[int]) -> int:
 
 def _hashes(tokens: np.ndarray, order: int) -> np.ndarray:
     """Return the hash of each run of ``order`` tokens; overflow is meant."""
+    if len(tokens) < order:
+        return np.zeros(0, np.uint64)
     with np.errstate(over="ignore"):
-        found = np.zeros(max(0, len(tokens) - order + 1), dtype=np.uint64)
+        found = np.zeros(len(tokens) - order + 1, dtype=np.uint64)
         for at in range(order):
             step = tokens[at : len(tokens) - order + 1 + at].astype(np.uint64)
             found = (found ^ (step + np.uint64(_ADD))) * np.uint64(_MULTIPLY)

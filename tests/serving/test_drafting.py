@@ -1,0 +1,194 @@
+"""Drafts change how fast an answer comes, never what it is; the phrasebook is a plain file, checked when read."""
+
+import hashlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from integration.lora_patch import phrasebook, vlm
+from integration.lora_patch.adapters import read_adapter
+from integration.lora_patch.drafting import FIRST, PAUSE, WINDOW, Drafter, Pace
+from integration.lora_patch.engine import Engine, Request
+from integration.lora_patch.errors import LoraError
+from integration.lora_patch.grammar import Grammar, answer_schema
+from integration.lora_patch.phrasebook import Continuations, read_phrasebook, write_phrasebook
+from integration.lora_patch.sources import adapter_in
+from tests.evaluation_case import make_adapter, make_data
+
+ANSWERS, TOKENS = 240, 20
+DIMENSIONS = ("Composition", "Lighting")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_base):
+    return Engine(vlm.load_base(tiny_base))
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base, tmp_path_factory):
+    """An adapter so strong that greedy output varies: random weights alone repeat one token for ever."""
+    folder = tmp_path_factory.mktemp("stirred")
+    return read_adapter(
+        adapter_in(make_adapter(folder / "adapter", tiny_base, make_data(folder, 1, 1), b_scale=1.0, seed=3))
+    )
+
+
+@pytest.fixture(scope="module")
+def requests():
+    rng = np.random.default_rng(0)
+    return [Request(text_row(rng.integers(20, 250, rng.integers(4, 24))), str(at)) for at in range(ANSWERS)]
+
+
+@pytest.fixture(scope="module")
+def plain(engine, adapter, requests):
+    """What greedy decoding gives without drafts."""
+    answers = engine.generate(requests, 24, TOKENS, adapter=adapter, drafting=False)
+    return {answer.key: answer.tokens for answer in answers}
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Draft from the first token on, whatever a pass costs."""
+    monkeypatch.setattr("integration.lora_patch.drafting.FIRST", 0)
+    monkeypatch.setattr(Pace, "marginal", lambda self: 0.02)
+    monkeypatch.setattr(Drafter, "_judge", lambda self, *rest: None)
+
+
+def text_row(ids) -> vlm.Row:
+    ids = np.asarray(ids, dtype=np.int32)
+    positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
+    return vlm.Row(ids, np.zeros(len(ids), bool), positions, np.zeros(0, np.int32), None, None)
+
+
+def test_hundreds_of_answers_are_the_same_with_drafts(engine, adapter, requests, plain, always):
+    # of every third answer the phrasebook knows all, of the others what they share with those
+    adapter.phrasebook = Continuations([plain[str(at)] for at in range(0, ANSWERS, 3)])
+    passes = tokens = 0
+    try:
+        for request in requests:
+            (answer,) = engine.generate([request], 1, TOKENS, adapter=adapter)
+            assert answer.tokens == plain[request.key]
+            passes, tokens = passes + answer.passes, tokens + len(answer.tokens)
+    finally:
+        del adapter.phrasebook
+    assert len({tuple(found) for found in plain.values()}) > ANSWERS / 2
+    assert passes < 0.8 * tokens
+
+
+def test_the_base_drafts_from_its_own_text(engine, requests, always):
+    (alone,) = engine.generate(requests[:1], 1, TOKENS, drafting=False)
+    (drafted,) = engine.generate(requests[:1], 1, TOKENS)
+    assert drafted.tokens == alone.tokens
+    assert drafted.passes < alone.passes
+
+
+def test_an_answer_bound_to_a_grammar_is_the_same_with_drafts(engine, adapter, requests, always):
+    grammar = Grammar(engine.base, answer_schema(DIMENSIONS))
+    for request in requests[:3]:
+        bound = Request(request.row, request.key, grammar=grammar)
+        (alone,) = engine.generate([bound], 1, 60, adapter=adapter, drafting=False)
+        (drafted,) = engine.generate([bound], 1, 60, adapter=adapter)
+        assert (drafted.tokens, drafted.finish) == (alone.tokens, alone.finish)
+        assert drafted.passes < alone.passes  # what the schema forces needs no pass of its own
+
+
+def test_an_end_of_turn_within_a_draft_ends_the_answer(engine, adapter, requests, plain, always, monkeypatch):
+    key = next(key for key, found in plain.items() if found[12] not in found[:12])
+    monkeypatch.setattr(engine, "stop", engine.stop | {plain[key][12]})
+    adapter.phrasebook = Continuations([plain[key]])
+    try:
+        streamed = list(engine.stream(requests[int(key)], TOKENS, adapter))
+        (answer,) = engine.generate([requests[int(key)]], 1, TOKENS, adapter=adapter)
+    finally:
+        del adapter.phrasebook
+    assert streamed == answer.tokens == plain[key][:12]
+    assert answer.finish == "stop"
+
+
+def test_drafting_pauses_where_it_does_not_pay(monkeypatch):
+    monkeypatch.setattr(Pace, "note", lambda self, tokens, seconds: None)
+    pace = Pace({1: 1.0, 2: 3.0}, {1, 2})
+    drafter = Drafter(pace, None, None, None)
+    drafter.stepped(FIRST, None)
+    assert not drafter.resting
+    for _ in range(WINDOW):
+        drafter.start()
+        drafter.taken(2, 0, [], [1, 2, 3])  # three times as long as a single step, and no more came of it
+    assert drafter.resting
+    drafter.stepped(PAUSE, None)
+    assert not drafter.resting  # it is tried again
+
+
+def test_the_first_pass_of_a_width_does_not_count():
+    pace = Pace()
+    for seconds in (9.0, 0.01, 0.012):  # it compiled
+        pace.note(4, seconds)
+    assert pace.seconds[4] == pytest.approx(0.0102)
+
+
+def test_draft_stops_where_its_chance_is_not_worth_a_token():
+    sure, unsure = [[1, 2, 3, 4, 5, 6]], [[1, 2, 3], [1, 2, 4], [1, 2, 5], [1, 2, 6]]
+    pace = Pace({1: 1.0, 8: 1.7}, {1, 8})  # 0.1 a token
+    assert Drafter(pace, Continuations(sure), None, None).propose([1], 8) == [2, 3, 4, 5, 6]
+    assert Drafter(pace, Continuations(unsure), None, None).propose([1], 8)[0] == 2
+    pace.seconds[8] = 1 + 0.5 * 7  # half a step a token: one chance in four is too little
+    assert Drafter(pace, Continuations(unsure), None, None).propose([1], 8) == [2]
+    assert Drafter(pace, Continuations(sure), None, None).propose([1], 2) == [2, 3]
+
+
+def test_the_schema_is_followed_until_an_answer_leaves_it(engine):
+    grammar = Grammar(engine.base, answer_schema(DIMENSIONS))
+    encode = lambda text: engine.base.processor.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    drafter, tokens = Drafter(Pace(), None, grammar, None), encode('{"')
+    drafter.learn(tokens, tokens)
+    drafted = drafter.propose(tokens, 16)
+    assert engine.text(tokens + drafted).startswith('{"image_description"'[: len(engine.text(tokens + drafted))])
+    assert drafted
+    tokens += encode("scene")
+    drafter.learn(encode("scene"), tokens)
+    assert drafter.propose(tokens, 16) == []
+
+
+def test_continuations_prefer_long_contexts_and_frequent_tokens():
+    found = Continuations([[1, 2, 3, 4, 9], [7, 2, 3, 5], [8, 2, 3, 5]])
+    assert found.after([2, 3]) == (5, pytest.approx(2 / 3))
+    assert found.after([1, 2, 3]) == (4, 1.0)
+    assert found.after([99]) is None
+    assert Continuations([]).after([1]) is None
+    tokens = np.arange(50) * 7919
+    assert phrasebook._hashes(tokens, 5).tolist() == [
+        phrasebook._hash(tokens[at : at + 5].tolist()) for at in range(46)
+    ]
+
+
+def test_phrasebook_is_written_and_read(tmp_path, monkeypatch):
+    path = tmp_path / phrasebook.PHRASEBOOK
+    digest = write_phrasebook(path, [[1, 2, 3], [4, 5]])
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_phrasebook(path).after([1, 2]) == (3, 1.0)
+    assert read_phrasebook(path).after([3]) is None  # answers do not run into each other
+    assert read_phrasebook(tmp_path / "none.safetensors") is None
+    monkeypatch.setattr(phrasebook, "LARGEST", 4)  # the newest responses are kept
+    write_phrasebook(path, [[1, 2, 3], [4, 5], [6, 7]])
+    assert read_phrasebook(path).after([1, 2]) is None
+    assert read_phrasebook(path).after([4]) == (5, 1.0)
+
+
+@pytest.mark.parametrize("damage", ["cut", "ends", "floats", "names"])
+def test_damaged_phrasebook_is_refused_in_one_line(tmp_path, damage):
+    path = tmp_path / phrasebook.PHRASEBOOK
+    write_phrasebook(path, [[1, 2, 3]])
+    tokens, ends = mx.array([1, 2, 3], mx.int32), mx.array([3], mx.int32)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-4])
+    else:
+        made = {
+            "ends": {"tokens": tokens, "ends": ends + 1},
+            "floats": {"tokens": tokens.astype(mx.float32), "ends": ends},
+            "names": {"tokens": tokens},
+        }
+        mx.save_safetensors(str(path), made[damage])
+    with pytest.raises(LoraError, match="no phrasebook") as refused:
+        read_phrasebook(path)
+    assert "\n" not in str(refused.value)
