@@ -23,6 +23,8 @@ from common.training.rows import Prepared
 from common.training.run_folder import RunFolder
 from integration.lora_patch.vlm import Base
 
+LOCK_SECONDS = 5.0  # a killed process holds its locks until its memory is given back
+
 
 @dataclass
 class Position:
@@ -140,7 +142,7 @@ class Run:
             return None
         if snapshot.position.best_step and not snapshot.best:
             return None
-        if not self.processes.first and not self.folder.take():
+        if not self.processes.first and not self.folder.take(LOCK_SECONDS):
             return None
         with self.writing:
             steps = self.folder.checkpoints.steps()

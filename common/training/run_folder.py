@@ -1,6 +1,7 @@
 """The folder a training run writes to: never overwritten unasked, used by one run at a time, resumed exactly."""
 
 import fcntl
+import time
 from pathlib import Path
 
 from common.errors import UserError
@@ -93,15 +94,19 @@ class RunFolder:
         self.lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends, however it ends
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def take(self) -> bool:
-        """Take the lock of a process that is gone; False if the folder is not here, or another process has it."""
+    def take(self, seconds: float) -> bool:
+        """Take the lock of a process that is ending; False if the folder is not here, or others keep it for so long."""
         if not (self.path / ".lock").is_file():
             return False
-        try:
-            self._lock()
-        except OSError:
-            return False
-        return True
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                self._lock()
+                return True
+            except OSError:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.1)
 
     def mark(self, finished: bool) -> None:
         """Say by a file that the run is finished, or that it is not."""

@@ -27,7 +27,7 @@ from common.training.run import Run
 
 INTERVAL = 1.0  # seconds between two signs of life
 SILENCE = 10.0  # seconds after which a process counts as lost
-GRACE = 2.0  # seconds for an error of this process's own to be reported
+GRACE = 2.0  # seconds for an error of this process's own to be reported: it may have ended the other one
 SAVING = 12.0  # seconds for the last step to be saved
 ALIVE, FAREWELL = b".", b"!"
 
@@ -96,7 +96,7 @@ class Watchdog:
                 if now - before > 3 * INTERVAL:
                     peer.heard = now  # this process was halted itself, perhaps all of them were
                 reason = peer.exchange(now)
-                if reason and not self.closing.wait(GRACE):
+                if reason and not self.closing.wait(GRACE if "ended" in reason else 0):
                     self.end(peer, reason)
             before = now
 
@@ -105,7 +105,6 @@ class Watchdog:
         if peer and peer.host == socket.gethostname() and "answered" in reason:
             with contextlib.suppress(OSError):  # halted: it would live on, and the launcher would wait for it
                 os.kill(peer.pid, signal.SIGKILL)
-                time.sleep(INTERVAL)  # the folder's lock is free when it is gone
         saved: list[Path] = []
         saver = threading.Thread(target=lambda: saved.extend(self._save()), daemon=True)
         saver.start()

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -372,6 +373,16 @@ def test_two_runs_do_not_share_a_folder(stopped, tiny_base):
     for refused in (result, other):
         assert refused.exit_code == 1 and "another run is training here" in refused.stderr.splitlines()[-1]
     assert not Path("run.replaced-1").exists()
+
+
+def test_the_lock_of_a_process_that_is_ending_is_waited_for(tmp_path):
+    """A killed process holds it until its memory is given back; the other one saves in its stead."""
+    assert not RunFolder(tmp_path / "nothing", 2).take(0.1)
+    first, second = RunFolder(tmp_path / "run", 2), RunFolder(tmp_path / "run", 2)
+    first.claim(fresh=True)
+    assert not second.take(0.2)
+    threading.Timer(0.3, first.lock.close).start()
+    assert second.take(5)
 
 
 def test_other_versions_are_said(stopped, tiny_base, monkeypatch):
