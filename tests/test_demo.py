@@ -59,7 +59,8 @@ def test_the_options_that_a_run_wrote_are_taken_again(worked, script, config):
         name = max(param.opts, key=len).lstrip("-")
         if name in written:
             value = context.params[param.name]
-            assert str(list(value) if isinstance(value, tuple) else value) in (str(written[name]), f"{written[name]}.0")
+            plain = [str(part) for part in value] if isinstance(value, tuple) else value
+            assert str(plain) in (str(written[name]), f"{written[name]}.0")
 
 
 def test_every_job_of_the_sample_is_linked_or_has_its_reason(worked):
