@@ -181,12 +181,6 @@ def write_config(path: Path, leave_out: tuple[str, ...] = ()) -> None:
     write_text(path, head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def _spelled(param: click.Parameter) -> str:
     """Return an option's documented name, without its hyphens."""
     return max(param.opts, key=len).lstrip("-")
