@@ -195,8 +195,6 @@ class Engine:
                     finish = self._take(slot, token, max_tokens)
                     if finish:
                         alive.remove(at)
-                    elif slot.drafter:
-                        slot.drafter.learn([token], slot.tokens)
                     yield slot, [] if finish == "stop" else [token], finish
             kept, now = alive, time.perf_counter()
             if following is not None and drafter:
@@ -237,7 +235,7 @@ class Engine:
                     break
                 matcher.consume(token)
             matcher.back(len(draft))
-        drafter.start()
+        drafter.verifying()
         best, logits = batch.verify([[slot.tokens[-1], *draft]], bool(masks or slot.request.watched))
         if masks:
             best = mx.argmax(mx.where(mx.array(np.stack(masks)), logits[0], -mx.inf), axis=-1)[None]
@@ -256,7 +254,7 @@ class Engine:
                 gained.append(token)
             if finish:
                 break
-        drafter.taken(len(draft) + 1, held, gained, slot.tokens)
+        drafter.taken(len(draft) + 1, held, len(gained))
         return (None if finish else mx.array([found[held]], mx.int32)), finish, gained
 
     def _take(self, slot: _Slot, token: int, max_tokens: int) -> str | None:

@@ -51,7 +51,7 @@ def plain(engine, adapter, requests):
 def always(monkeypatch):
     """Draft from the first token on, whatever a pass costs."""
     monkeypatch.setattr("integration.lora_patch.drafting.FIRST", 0)
-    monkeypatch.setattr(Pace, "marginal", lambda self: 0.02)
+    monkeypatch.setattr(Pace, "length", lambda self, chances: len(chances))
     monkeypatch.setattr(Drafter, "_judge", lambda self, *rest: None)
 
 
@@ -106,18 +106,37 @@ def test_an_end_of_turn_within_a_draft_ends_the_answer(engine, adapter, requests
     assert answer.finish == "stop"
 
 
-def test_drafting_pauses_where_it_does_not_pay(monkeypatch):
-    monkeypatch.setattr(Pace, "note", lambda self, tokens, seconds: None)
-    pace = Pace({1: 1.0, 2: 3.0}, {1, 2})
+def test_drafting_pauses_where_it_does_not_pay_and_in_later_answers_too():
+    pace = Pace(single=1e-9)  # no pass is as fast as that
     drafter = Drafter(pace, None, None, None)
     drafter.stepped(FIRST, None)
     assert not drafter.resting
     for _ in range(WINDOW):
-        drafter.start()
-        drafter.taken(2, 0, [], [1, 2, 3])  # three times as long as a single step, and no more came of it
+        drafter.propose([1, 2, 3], 4)
+        drafter.verifying()
+        drafter.taken(2, 0, 0)
     assert drafter.resting
-    drafter.stepped(PAUSE, None)
-    assert not drafter.resting  # it is tried again
+    later = Drafter(pace, None, None, None)
+    later.stepped(FIRST, None)
+    assert later.resting
+    with_phrasebook = Drafter(pace, Continuations([[1, 2, 3]]), None, None)
+    with_phrasebook.stepped(FIRST, None)
+    assert not with_phrasebook.resting  # another kind of draft is judged by itself
+    later.stepped(PAUSE, None)
+    assert not later.resting  # it is tried again
+    for _ in range(WINDOW):
+        later.propose([1, 2, 3], 4)
+        later.verifying()
+        later.taken(2, 0, 0)
+    later.stepped(PAUSE, None)
+    assert later.resting  # for twice as long
+    pace.single = 1e9
+    later.stepped(PAUSE, None)
+    for _ in range(WINDOW):
+        later.propose([1, 2, 3], 4)
+        later.verifying()
+        later.taken(2, 0, 0)
+    assert not later.resting  # it pays now
 
 
 def test_the_first_pass_of_a_width_does_not_count():
@@ -127,26 +146,28 @@ def test_the_first_pass_of_a_width_does_not_count():
     assert pace.seconds[4] == pytest.approx(0.0102)
 
 
-def test_draft_stops_where_its_chance_is_not_worth_a_token():
+def test_a_draft_is_as_long_as_its_chances_are_worth():
     sure, unsure = [[1, 2, 3, 4, 5, 6]], [[1, 2, 3], [1, 2, 4], [1, 2, 5], [1, 2, 6]]
-    pace = Pace({1: 1.0, 8: 1.7}, {1, 8})  # 0.1 a token
+    pace = Pace(1.0, {1: 1.0, 8: 1.7})  # 0.1 a token
     assert Drafter(pace, Continuations(sure), None, None).propose([1], 8) == [2, 3, 4, 5, 6]
     assert Drafter(pace, Continuations(unsure), None, None).propose([1], 8)[0] == 2
     pace.seconds[8] = 1 + 0.5 * 7  # half a step a token: one chance in four is too little
     assert Drafter(pace, Continuations(unsure), None, None).propose([1], 8) == [2]
     assert Drafter(pace, Continuations(sure), None, None).propose([1], 2) == [2, 3]
+    pace.seconds[2] = pace.seconds[8] = 3.0  # two tokens for the time of three: none is worth it
+    assert Drafter(pace, Continuations(unsure), None, None).propose([1], 8) == []
+    assert pace.length([0.9, 0.9, 0.9]) == 3  # four tokens for it are
+    assert pace.cost(16) == pytest.approx(3.8)
 
 
 def test_the_schema_is_followed_until_an_answer_leaves_it(engine):
     grammar = Grammar(engine.base, answer_schema(DIMENSIONS))
     encode = lambda text: engine.base.processor.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     drafter, tokens = Drafter(Pace(), None, grammar, None), encode('{"')
-    drafter.learn(tokens, tokens)
     drafted = drafter.propose(tokens, 16)
     assert engine.text(tokens + drafted).startswith('{"image_description"'[: len(engine.text(tokens + drafted))])
     assert drafted
     tokens += encode("scene")
-    drafter.learn(encode("scene"), tokens)
     assert drafter.propose(tokens, 16) == []
 
 
