@@ -17,7 +17,8 @@ AUTO = "auto"
 # A resumed run may change these: the adapter stays the same. Data and base are compared by content instead of name.
 FREE = {
     "train_data", "val_data", "advisor", "base_model", "output_dir", "save_freq", "keep_checkpoints", "log_freq",
-    "report_to", "resume", "overwrite", "plan", "feature_cache", "cache_limit_gb", "on_overlong", "auto_memory",
+    "report_to", "resume", "overwrite", "plan", "feature_cache", "cache_limit_gb", "wired_limit_gb", "on_overlong",
+    "auto_memory",
     "phrasebook",
 }  # fmt: skip
 # And these, which lay a step out in memory: the same mathematics, but other rounding and other dropout masks.
@@ -75,6 +76,7 @@ class TrainingOptions:
     grad_checkpointing: str  # "auto", "on" or "off"
     pad_multiple: int | str  # tokens
     cache_limit_gb: float | str
+    wired_limit_gb: float | str  # on a Mac
     feature_cache: str  # "auto", "memory" or "disk"
     output_dir: str | None  # path; None: named by the advisor
     phrasebook: bool  # whether to write the training responses' tokens beside the adapter

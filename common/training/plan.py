@@ -76,7 +76,8 @@ def _say(plan: Plan, device: Device, how: str) -> None:
 def limit_cache(options: TrainingOptions, shape: Shape, device: Device, layout: Layout, targets: int) -> None:
     """Bound the freed buffers that MLX keeps: on a Mac they count against the same memory as everything else."""
     if device.backend == "metal":
-        mx.set_wired_limit(device.offers)  # so that macOS does not page the weights out between steps
+        # so that macOS does not page the weights out between steps
+        mx.set_wired_limit(device.offers if options.wired_limit_gb == AUTO else int(options.wired_limit_gb * GB))
     if options.cache_limit_gb != AUTO:
         mx.set_cache_limit(int(options.cache_limit_gb * GB))
         return

@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_vlm
@@ -15,7 +16,7 @@ from PIL import Image
 
 import train_mlx_lora
 from common.files import sha256_file
-from common.training import loop, memory
+from common.training import loop, memory, plan
 from common.training.data import read_data
 from common.training.distributed import Processes
 from common.training.loss_curve import HEIGHT, WIDTH
@@ -575,3 +576,13 @@ def test_16_bit_and_quantized_bases_train_and_deliver_what_mlx_vlm_loads(options
     model, _ = mlx_vlm.load(str(base), adapter_path=str(ADAPTER))
     loaded = dict(tree_flatten(model.parameters()))
     assert all(mx.array_equal(loaded[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(("given", "wired"), [("auto", 12_000_000_000), (8.0, 8_000_000_000), (0, 0)])
+def test_the_wired_limit_of_a_mac_can_be_lowered(monkeypatch, given, wired):
+    limits = []
+    monkeypatch.setattr(plan.mx, "set_wired_limit", limits.append)
+    monkeypatch.setattr(plan.mx, "set_cache_limit", lambda limit: None)
+    options = SimpleNamespace(wired_limit_gb=given, cache_limit_gb=1.0)
+    plan.limit_cache(options, None, memory.Device("metal", "a Mac", 12_000_000_000), None, 0)
+    assert limits == [wired]
