@@ -1,5 +1,6 @@
 """What an evaluation is given: the adapter, its base, the adapter in use, and photographs that none was trained on."""
 
+import contextlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def load_items(evaluation: Evaluation) -> list[Item]:
     recorded = evaluation.training.get("specification") or meta.get("specification")
     examples = load_examples(evaluation.val_data)[: evaluation.options.max_examples]
     trained = {arm: _trained_photos(folder) for arm, folder in evaluation.adapters.items()}
-    items, problems = [], []
+    items, problems, untold = [], [], 0
     for index, example in enumerate(examples):
         try:
             for path in example.image_paths:
@@ -125,8 +126,15 @@ def load_items(evaluation: Evaluation) -> list[Item]:
             if seen:
                 who = "the adapter" if arm == "candidate" else "the deployed adapter"
                 problems.append(f"{example.source}: {', '.join(seen)}: {who} was trained on this photograph")
-        items.append(Item(index, example, hashes, _specification(recorded, example.prompt)))
+        specification = _specification(recorded, example.prompt)
+        untold += specification is None
+        items.append(Item(index, example, hashes, specification or PromptSpecification()))
     refuse(problems, limit=100)
+    if untold:
+        evaluation.warnings.append(
+            f"{evaluation.val_data}: the prompt of {untold} of {len(items)} examples does not tell which dimensions it "
+            "wants; answers are held to the usual seven. Prepare the data again with --dimensions."
+        )
     unreadable = sum(parse_lenient(item.example.response)[0] is None for item in items)
     if unreadable:
         evaluation.warnings.append(
@@ -200,12 +208,17 @@ def device_name() -> str:
     return str(info.get("device_name") or info.get("architecture") or mx.default_device())
 
 
-def _specification(recorded: dict | None, prompt: str) -> PromptSpecification:
-    """Return what a prompt demands: as it was read when the data were prepared, else as it reads."""
+def _specification(recorded: dict | None, prompt: str) -> PromptSpecification | None:
+    """Return what a prompt demands: as it was read when the data were prepared, else as it reads; None: it is not told.
+
+    A record that is damaged counts as none."""
+    with contextlib.suppress(ValueError):
+        if recorded:
+            return PromptSpecification.from_dict(recorded)
     try:
-        return PromptSpecification.from_dict(recorded) if recorded else read_specification(prompt)
-    except (ValueError, UnreadablePrompt):
-        return PromptSpecification()
+        return read_specification(prompt)
+    except UnreadablePrompt:
+        return None
 
 
 def _max_tokens(given: str, base: Base, items: list[Item]) -> int:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.evaluation import model_source
+from common.evaluation import model_source, setup
 from common.evaluation.gates import load_gates, undecided_speed
 from common.evaluation.generations import Item, OutputLog
 from common.files import read_json, write_json, write_jsonl
@@ -329,3 +329,18 @@ def test_item_key_names_content():
 
     assert key() == key()
     assert len({key(), key("q"), key(response="s"), key(sha="b")}) == 4
+
+
+def test_a_prompt_that_does_not_tell_its_dimensions_is_named_in_a_warning(case, tmp_path):
+    rows = read_jsonl(case["data"][1])
+    rows[0]["prompt"] = "Say something about this photograph."
+    path = tmp_path / "val.jsonl"
+    write_jsonl(path, rows)
+    damaged = {"specification": {"dimensions": 5}}  # a damaged record is none: the prompt itself is read
+    evaluation = SimpleNamespace(
+        val_data=path, training=damaged, adapters={}, warnings=[], options=SimpleNamespace(max_examples=None)
+    )
+    items = setup.load_items(evaluation)
+    assert len(items) == len(rows) and len(items[1].specification.dimensions) == 7
+    (warning,) = evaluation.warnings
+    assert f"{path}: the prompt of 1 of {len(rows)} examples does not tell which dimensions it wants" in warning
