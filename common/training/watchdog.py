@@ -28,7 +28,7 @@ from common.training.run import Run
 INTERVAL = 1.0  # seconds between two signs of life
 SILENCE = 10.0  # seconds after which a process counts as lost
 GRACE = 2.0  # seconds for an error of this process's own to be reported: it may have ended the other one
-SAVING = 12.0  # seconds for the last step to be saved
+SAVING = 45.0  # seconds at most for the last step to be saved; a second or two on an idle disk
 ALIVE, FAREWELL = b".", b"!"
 
 
