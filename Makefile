@@ -11,6 +11,8 @@ TRAIN_ARGS   ?=#                              more options for train_mlx_lora.py
 EVAL_ARGS    ?=#                              more options for evaluate_lora.py
 VERSION      ?=#                              for promote and eval: v1, v2, ...; for try: v1,v2
 PHOTO        ?=#                              for try: a photograph, or several separated by spaces
+STRICT       ?=#                              1: for eval, promote and iterate: likely is not enough
+JSON         ?=#                              1: make versions prints JSON
 HOSTS        ?=#                              hostfile of mlx.launch: train on several machines or GPUs
 BACKEND      ?=#                              Linux: cpu, cuda12 or cuda13; empty: as set up before, else cpu
 PYTHON       ?= python3#                      the Python (3.11 or newer) that .venv is made with
@@ -47,7 +49,7 @@ NAMES := ADVISOR MONDRIAN DB BASE_MODEL WORK LINK_ARGS PREPARE_ARGS TRAIN_ARGS E
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
 $(foreach v,$(filter-out $(NAMES) MAKE% MFLAGS,$(GIVEN)),$(error unknown variable $v; those that make takes: $(NAMES)))
 quoted = $(if $(findstring $(space),$($1)),"$($1)",$($1))
-export MONDRIAN_MAKE_VARIABLES := $(strip $(foreach v,$(filter $(GIVEN),$(filter-out VERSION PHOTO PYTHON,$(NAMES))),$v=$(call quoted,$v)))
+export MONDRIAN_MAKE_VARIABLES := $(strip $(foreach v,$(filter $(GIVEN),$(filter-out VERSION PHOTO STRICT JSON PYTHON,$(NAMES))),$v=$(call quoted,$v)))
 
 DEMO   := demo
 
@@ -75,7 +77,7 @@ plan: $(READY) $(call escape,$(TRAIN)) ## estimate memory, time and adapter size
 
 # judges the adapter that is there, on the data recorded with it; trains only where there is none
 eval: $(READY) $(if $(VERSION)$(wildcard $(call escape,$(ADAPTER))/.trained),,train) ## compare base and tuned model on held-out photographs (VERSION=v2 for another version)
-	@$(RUN) evaluate_lora.py --lora_path "$(EVALUATED)" $(OWN_BASE) --output_report "$(REPORT)" $(EVAL_ARGS) || $(DECIDED)
+	@$(RUN) evaluate_lora.py --lora_path "$(EVALUATED)" $(OWN_BASE) --output_report "$(REPORT)" $(if $(STRICT),--strict) $(EVAL_ARGS) || $(DECIDED)
 
 try: $(READY) ## base and tuned answers to PHOTO=me.jpg side by side, and a page with both
 	$(if $(PHOTO),,$(error make try needs a photograph: make try PHOTO=me.jpg))
@@ -85,16 +87,16 @@ try: $(READY) ## base and tuned answers to PHOTO=me.jpg side by side, and a page
 
 iterate: $(READY) ## train the next version, compare it with the one in use, promote it if every gate passes
 	@$(RUN) -m common.release.versions iterate $(VERSIONS) --mondrian "$(MONDRIAN)" --db_path "$(DB)" --base_model "$(BASE_MODEL)" \
-	  --link_args="$(LINK_ARGS)" --prepare_args="$(PREPARE_ARGS)" --train_args="$(TRAIN_ARGS)" --eval_args="$(EVAL_ARGS)" $(if $(HOSTS),--hosts "$(HOSTS)") || $(DECIDED)
+	  --link_args="$(LINK_ARGS)" --prepare_args="$(PREPARE_ARGS)" --train_args="$(TRAIN_ARGS)" --eval_args="$(EVAL_ARGS)" $(if $(HOSTS),--hosts "$(HOSTS)") $(if $(STRICT),--strict) || $(DECIDED)
 
 promote: $(READY) ## put a version in use (VERSION=v2; default: the newest) if its report passes every gate
-	$(RUN) -m common.release.versions promote $(VERSIONS) $(if $(VERSION),--version "$(VERSION)")
+	$(RUN) -m common.release.versions promote $(VERSIONS) $(if $(VERSION),--version "$(VERSION)") $(if $(STRICT),--strict)
 
 rollback: $(READY) ## put the version before the one in use in use again
 	$(RUN) -m common.release.versions rollback $(VERSIONS)
 
 versions: $(READY) ## table of the advisor's versions with their figures
-	$(RUN) -m common.release.versions list $(VERSIONS)
+	$(RUN) -m common.release.versions list $(VERSIONS) $(if $(JSON),--json)
 
 demo: $(READY) ## the whole pipeline on a sample tree and a tiny Qwen3-VL, in minutes
 	@$(RUN) tests/sample/demo.py --folder $(DEMO)

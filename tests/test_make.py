@@ -142,3 +142,18 @@ def test_try_takes_photographs_with_and_without_spaces(place):
     assert "--photo a.jpg --photo b.jpg" in (place / "log.txt").read_text()
     ran, told = make(place, "try", fails=True)
     assert ran == [] and "make try PHOTO=me.jpg" in told
+
+
+def test_strict_and_json_reach_the_commands(place):
+    logs = []
+    for target in ("promote", "iterate", "versions", "eval"):
+        for variables in ((), ("STRICT=1", "JSON=1")):
+            make(place, target, "MONDRIAN=mondrian", *variables)
+            logs.append((place / "log.txt").read_text().splitlines()[-1])
+    assert [("--strict" in log, "--json" in log) for log in logs[1::2]] == [
+        (True, False),
+        (True, False),
+        (False, True),
+        (True, False),
+    ]
+    assert not any("--strict" in log or "--json" in log for log in logs[::2])
