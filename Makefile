@@ -45,7 +45,7 @@ TRAINING := --base_model "$(BASE_MODEL)" --train_data "$(TRAIN)" --val_data "$(V
 DECIDED := { code=$$?; test $$code -eq 3 || test $$code -eq 4 || exit $$code; }
 
 # the variables that were given, checked, and as the scripts repeat them in the next command that they print
-NAMES := ADVISOR MONDRIAN DB BASE_MODEL WORK LINK_ARGS PREPARE_ARGS TRAIN_ARGS EVAL_ARGS VERSION PHOTO HOSTS BACKEND PYTHON
+NAMES := ADVISOR MONDRIAN DB BASE_MODEL WORK LINK_ARGS PREPARE_ARGS TRAIN_ARGS EVAL_ARGS VERSION PHOTO STRICT JSON HOSTS BACKEND PYTHON
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
 $(foreach v,$(filter-out $(NAMES) MAKE% MFLAGS,$(GIVEN)),$(error unknown variable $v; those that make takes: $(NAMES)))
 quoted = $(if $(findstring $(space),$($1)),"$($1)",$($1))
