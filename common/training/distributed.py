@@ -42,6 +42,11 @@ class Processes:
         """Return rank 0's array; the others pass one of the same shape and dtype."""
         return array if self.world == 1 else self.sum(array if self.first else mx.zeros_like(array))
 
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.world > 1:
+            self.sum(mx.array(0.0)).item()
+
     def agreed(self, decide: Callable[[], Any]) -> Any:
         """Return what ``decide`` (a JSON value) says on rank 0; where it raises UserError all end, and rank 0 tells."""
         if self.world == 1:

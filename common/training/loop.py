@@ -46,10 +46,12 @@ def train_loop(run: Run, stop: StopRequest) -> bool:
                 validate(run)
             position.done = position.stopped_early or position.step == run.total_steps
             if epoch_ends or position.done or stopping or position.step % options.save_freq == 0:
-                run.save()
+                with stop.ignored():
+                    run.save()
             run.step_ends()
             if position.done or stopping:
                 break
+    run.processes.wait()  # a launcher ends all processes as soon as one has ended: not before the step is saved
     return position.done
 
 

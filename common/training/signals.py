@@ -27,7 +27,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.deferring = False
+        self.deferring, self.saving = False, False
         self.former: dict = {}
 
     def __bool__(self) -> bool:
@@ -53,6 +53,15 @@ class StopRequest:
             self.deferring = False
             sys.stdout, sys.stderr = streams
 
+    @contextlib.contextmanager
+    def ignored(self) -> Iterator[None]:
+        """While in the block, which saves, no signal ends it: a launcher sends a second one soon after the first."""
+        self.saving = True
+        try:
+            yield
+        finally:
+            self.saving = False
+
     def reader_left(self, stream: IO) -> None:
         """Write no more to a stream that nobody reads, and ask to stop."""
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
@@ -60,9 +69,9 @@ class StopRequest:
         self.signal = self.signal or signal.SIGHUP
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.deferring or self:
+        if not self.saving and (not self.deferring or self):
             raise Stopped(number)
-        self.signal = signal.Signals(number)
+        self.signal = self.signal or signal.Signals(number)
 
 
 class _Output:

@@ -11,6 +11,7 @@ import pytest
 
 import train_mlx_lora
 from common.training import loop
+from common.training.run import Run
 from common.training.signals import Stopped, StopRequest
 from tests.training_sample import ROOT, train_here, write_dataset
 
@@ -55,6 +56,15 @@ def test_a_second_signal_does_not_wait_for_the_step(data, tiny_base, monkeypatch
     monkeypatch.setattr(loop, "dispatch", signalled(signal.SIGINT, signalled(signal.SIGTERM, loop.dispatch)))
     result = train_here(tiny_base, *SETTINGS)
     assert result.exit_code == 143 and "SIGTERM: stopped before anything was saved" in result.stderr
+
+
+def test_a_second_signal_while_saving_waits(data, tiny_base, monkeypatch):
+    """As `mlx.launch` sends it to the others when one process has ended."""
+    save = Run.save
+    monkeypatch.setattr(loop, "dispatch", signalled(signal.SIGTERM, loop.dispatch))
+    monkeypatch.setattr(Run, "save", signalled(signal.SIGTERM, save))
+    result = train_here(tiny_base, *SETTINGS)
+    assert result.exit_code == 143 and "SIGTERM: stopped after step 1 of 2, saved in run/checkpoints" in result.stderr
 
 
 def test_handlers_are_as_before_after_the_block():
