@@ -10,6 +10,7 @@ import pytest
 from tests.sample.make_tree import make_tree
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.pop("MONDRIAN_MAKE_VARIABLES", None)  # `make test`: what the tests start was not started by make
 
 
 @pytest.fixture(scope="session", autouse=True)
