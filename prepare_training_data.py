@@ -1,6 +1,7 @@
 """Turn linked jobs into training and validation data that is worth training on, without a leak between the two.
 
     python prepare_training_data.py --manifest training_data_manifest.json
+    python prepare_training_data.py --manifest training_data_manifest.json --why 0361b22a
 
 Reads the manifest of `link_training_data.py` and the prompts in the database that it names (read-only).
 Writes to training_data/: training_data_ADVISOR_train.jsonl and ..._val.jsonl (image_path, prompt, response),
