@@ -116,8 +116,9 @@ test-peft: $(READY) ## compare adapters with PEFT and transformers, in their own
 	$(VENV)-peft/bin/pip install -q --disable-pip-version-check -r tests/peft/requirements.txt
 	$(VENV)-peft/bin/python -m pytest --noconftest tests/peft
 
-acceptance: $(READY) ## check link and prepare on a real tree (MONDRIAN=...) by independent counts
-	MONDRIAN="$(MONDRIAN)" $(RUN) -m pytest tests/acceptance
+acceptance: $(READY) ## check link and prepare on a real tree (MONDRIAN=...), and tokens where BASE_MODEL is a folder
+	@MONDRIAN="$(MONDRIAN)" QWEN3_VL="$(BASE_MODEL)" $(RUN) -m pytest tests/acceptance/test_real_tree.py \
+	  $(if $(wildcard $(call escape,$(BASE_MODEL))/tokenizer_config.json),tests/acceptance/test_real_tokenizer.py)
 
 lint: $(READY) ## check style and formatting with ruff
 	$(VENV)/bin/ruff check .
