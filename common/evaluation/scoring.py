@@ -27,7 +27,6 @@ FAILURES = {
     "out_of_range": "Scores out of range",
     "same_advice": "Same advice: two dimensions have the same comment or recommendation",
 }
-FINISHES = ("stop", "length", "loop")
 OVERALL = "overall_score"  # the key of the overall score, beside the names of the dimensions
 SAME_ADVICE = 0.8  # similarity of two dimensions' texts from which they count as the same
 
