@@ -90,7 +90,7 @@ def main(ctx: click.Context, **values) -> None:
     options = TrainingOptions(**values).found()
     require_reporter(options.report_to)
     processes = join_processes()
-    with StopRequest() as stop, Watchdog(processes) as watchdog, device_errors(watchdog):
+    with StopRequest() as stop, Watchdog(processes, stop) as watchdog, device_errors(watchdog):
         try:
             train(ctx, options, watchdog, stop)
         except Stopped as stopped:

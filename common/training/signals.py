@@ -27,7 +27,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.deferring, self.saving = False, False
+        self.deferring, self.saving, self.ending = False, False, False
         self.former: dict = {}
 
     def __bool__(self) -> bool:
@@ -62,6 +62,10 @@ class StopRequest:
         finally:
             self.saving = False
 
+    def ignore(self) -> None:
+        """Let no signal end this process any more: it is ending by itself, and saves before."""
+        self.ending = True
+
     def reader_left(self, stream: IO) -> None:
         """Write no more to a stream that nobody reads, and ask to stop."""
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
@@ -69,7 +73,7 @@ class StopRequest:
         self.signal = self.signal or signal.SIGHUP
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.saving and (not self.deferring or self):
+        if not (self.saving or self.ending) and (not self.deferring or self):
             raise Stopped(number)
         self.signal = self.signal or signal.Signals(number)
 

@@ -24,6 +24,7 @@ import mlx.core as mx
 from common.training.distributed import Processes
 from common.training.leaving import resume_command
 from common.training.run import Run
+from common.training.signals import StopRequest
 
 INTERVAL = 1.0  # seconds between two signs of life
 SILENCE = 10.0  # seconds after which a process counts as lost
@@ -61,8 +62,9 @@ class Peer:
 class Watchdog:
     """Within the block, watches the other processes; does nothing for a single one. Set ``run`` when there is one."""
 
-    def __init__(self, processes: Processes):
-        self.processes, self.peers, self.closing = processes, [], threading.Event()
+    def __init__(self, processes: Processes, stop: StopRequest):
+        self.processes, self.stop, self.peers, self.closing = processes, stop, [], threading.Event()
+        self.ending = threading.Lock()  # held by the thread that ends this process
         self.run: Run | None = None
 
     def __enter__(self) -> "Watchdog":
@@ -76,6 +78,8 @@ class Watchdog:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.closing.set()
+        with self.ending:  # where the watching thread is ending this process, it does not get past here
+            pass
         if kind is None:
             self.part()
         for peer in self.peers:
@@ -101,7 +105,13 @@ class Watchdog:
             before = now
 
     def end(self, peer: Peer | None = None, reason: str = "") -> None:
-        """Save the last whole step where it can be saved, say so, and end this process at once."""
+        """Save the last whole step where it can be saved, say so, and end this process at once.
+
+        Both threads can get here: MLX reports a lost connection to the main thread as well, sometimes.
+        """
+        self.stop.ignore()  # the launcher ends the other processes as soon as one has ended
+        self.ending.acquire()  # the first one ends both; it never lets go
+        peer, reason = (peer, reason) if peer else self._lost()
         if peer and peer.host == socket.gethostname() and "answered" in reason:
             with contextlib.suppress(OSError):  # halted: it would live on, and the launcher would wait for it
                 os.kill(peer.pid, signal.SIGKILL)
@@ -118,6 +128,11 @@ class Watchdog:
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.flush()
         os._exit(1)  # the main thread is in MLX and does not come back
+
+    def _lost(self) -> tuple[Peer | None, str]:
+        """Return the process that is lost, and how; None where it cannot be told."""
+        reasons = ((peer, peer.exchange(time.monotonic())) for peer in self.peers)
+        return next(((peer, reason) for peer, reason in reasons if reason), (None, ""))
 
     def _save(self) -> list[Path]:
         shared = self.processes.first or any(peer.host == socket.gethostname() for peer in self.peers if not peer.rank)

@@ -1,6 +1,8 @@
 """The connection by which processes of one run notice that another is lost."""
 
 import socket
+import subprocess
+import sys
 import threading
 
 import mlx.core as mx
@@ -9,6 +11,7 @@ import pytest
 from common.training import watchdog
 from common.training.distributed import Processes
 from common.training.watchdog import FAREWELL, SILENCE, Peer
+from tests.training_sample import ROOT
 
 
 class Threads:
@@ -94,3 +97,47 @@ def test_a_process_that_says_farewell_is_not_missed(pair):
     other.close()
     assert peer.exchange(peer.heard + 10 * SILENCE) is None
     assert peer.exchange(peer.heard + 20 * SILENCE) is None
+
+
+LOST = 'RuntimeError("[ring] connection to a peer was lost")'
+# the run's last step takes a while to save; meanwhile MLX reports the lost connection to the main thread, and the
+# launcher asks this process to end
+PROGRAM = """
+import os, signal, socket, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+from common.training.setup import device_errors
+from common.training.signals import StopRequest
+from common.training.watchdog import Peer, Watchdog
+
+class SlowRun:
+    def rescue(self):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        return Path("run/checkpoints/step-00000005")
+
+ours, theirs = socket.socketpair()
+ours.setblocking(False)
+with StopRequest() as stop, Watchdog(SimpleNamespace(world=1, first=True), stop) as watchdog, device_errors(watchdog):
+    watchdog.processes.world, watchdog.run = 2, SlowRun()
+    watchdog.peers = [Peer(1, ours, socket.gethostname(), 0)]
+    if {watched}:
+        threading.Thread(target=watchdog.end, args=(watchdog.peers[0], "has ended")).start()
+        time.sleep(0.1)
+    theirs.close()
+    raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ("watched", "error"),
+    [(True, LOST), (False, LOST), (True, "SystemExit(1)")],
+)
+def test_a_lost_process_ends_the_other_with_one_line_and_its_last_step(watched, error):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(watched=watched, error=error)], cwd=ROOT, capture_output=True, text=True
+    )
+    line, *command = done.stderr.splitlines()
+    assert line == "process 1 has ended: this one ends too; saved in run/checkpoints/step-00000005; continue with:"
+    assert done.returncode == 1 and len(command) == 1 and command[0].startswith("  mlx.launch ")
