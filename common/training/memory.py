@@ -99,9 +99,8 @@ class Shape:
     trainable: int  # LoRA parameters
     rank: int
     deepstack: int  # levels of the vision tower that are added to the first layers
-    attention: (
-        str  # "fused": no scores are formed; "chunked": in the backward pass alone; "full": forward too, all of them
-    )
+    # scores: "fused": never formed; "chunked": in the backward pass alone; "full": in the forward pass too, all of them
+    attention: str
 
 
 def shape_of(model: nn.Module, rank: int, backend: str) -> Shape:
@@ -131,23 +130,25 @@ def shape_of(model: nn.Module, rank: int, backend: str) -> Shape:
 
 def adapter_width(text, head_dim: int) -> int:
     """Return the sum of input and output widths of a layer's seven projections: LoRA parameters per rank."""
-    d, q, kv, i = (
-        text.hidden_size,
-        text.num_attention_heads * head_dim,
-        text.num_key_value_heads * head_dim,
-        text.intermediate_size,
-    )
-    return 2 * (d + q) + 2 * (d + kv) + 3 * (d + i)
+    q, kv = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    return 7 * text.hidden_size + 2 * q + 2 * kv + 3 * text.intermediate_size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step lies in memory; a resumed run keeps it, since other micro-batches would round differently."""
+
+    micro: int  # rows on the device at once
+    checkpointing: bool
+    multiple: int  # tokens: rows are padded to multiples of it
+    max_length: int  # tokens of the longest row
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run is laid out so that it fits, and the bytes that it is estimated to need."""
+    """A layout, and the bytes that it is estimated to need."""
 
-    micro: int
-    checkpointing: bool
-    multiple: int
-    length: int  # of the longest row
+    layout: Layout
     parts: dict[str, int]
 
     @property
@@ -158,17 +159,17 @@ class Plan:
         return f"{size(self.total)} ({', '.join(f'{name} {size(part)}' for name, part in self.parts.items())})"
 
 
-def estimate(shape: Shape, micro: int, length: int, targets: int, checkpointing: bool, multiple: int) -> Plan:
-    """Estimate the peak of a step with ``micro`` rows of ``length`` tokens, ``targets`` of them supervised in each."""
-    rows = round_up(length, multiple)
-    tokens, supervised = micro * rows, round_up(micro * targets, multiple)
+def estimate(shape: Shape, layout: Layout, targets: int) -> Plan:
+    """Estimate the peak of a step of ``layout``; ``targets``: supervised tokens in each of its rows, at most."""
+    rows, micro = round_up(layout.max_length, layout.multiple), layout.micro
+    tokens, supervised = micro * rows, round_up(micro * targets, layout.multiple)
     d, q, kv, inner = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.intermediate
     item, adapter = shape.itemsize, shape.trainable
     # kept for the backward pass, in values a token and layer: see "keep" in common/model/layer.py
     products = q + 2 * kv + 2 * inner
-    kept = 2 * d + 7 * shape.rank + (0 if checkpointing else products)
+    kept = 2 * d + 7 * shape.rank + (0 if layout.checkpointing else products)
     # in hand: a layer's temporaries, for the layers that are under way at once; a quarter of them is always float32
-    values = 4 * d + 4 * q + 5 * inner + (products if checkpointing else 0)
+    values = 4 * d + 4 * q + 5 * inner + (products if layout.checkpointing else 0)
     layer = IN_FLIGHT * tokens * values * (3 * item + 4) // 4
     # float32 scores and what becomes of them: of a block of queries, or of all
     scores = {"fused": 0, "chunked": 8 * min(CHUNK, rows), "full": max(8 * min(CHUNK, rows), 5 * rows)}
@@ -179,87 +180,82 @@ def estimate(shape: Shape, micro: int, length: int, targets: int, checkpointing:
     if shape.quantized:  # matrices unpacked for their products
         layer += IN_FLIGHT * item * (2 * d * q + 2 * d * kv + 3 * d * inner)
         head += item * shape.vocabulary * d
-    return Plan(
-        micro,
-        checkpointing,
-        multiple,
-        length,
-        {
-            "base": shape.weights,
-            "adapter and AdamW": adapter * (4 + 8 + item),
-            "activations": shape.layers * tokens * kept * item + 2 * tokens * d * item * (1 + shape.deepstack),
-            "work in hand": max(head, layer + 8 * adapter, 20 * adapter),
-        },
-    )
+    parts = {
+        "base": shape.weights,
+        "adapter and AdamW": adapter * (4 + 8 + item),
+        "activations": shape.layers * tokens * kept * item + 2 * tokens * d * item * (1 + shape.deepstack),
+        "work in hand": max(head, layer + 8 * adapter, 20 * adapter),
+    }
+    return Plan(layout, parts)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What the user fixed; None where the memory decides."""
+class Planner:
+    """Finds the layout with which the rows of a run fit its device, given what the user fixed."""
 
+    shape: Shape
+    device: Device
+    lengths: list[int]  # tokens of each row
+    targets: list[int]  # of them, those that the loss counts
+    multiple: int  # tokens: rows are padded to multiples of it
     batch_size: int
-    micro: int | None = None
-    checkpointing: bool | None = None
+    micro: int | None = None  # None: the memory decides
+    checkpointing: bool | None = None  # None: the memory decides
 
+    def estimate(self, micro: int, checkpointing: bool) -> Plan:
+        layout = Layout(micro, checkpointing, self.multiple, max(self.lengths))
+        return estimate(self.shape, layout, max(self.targets))
 
-def fit(
-    shape: Shape, device: Device, lengths: list[int], targets: list[int], choice: Choice, multiple: int
-) -> Plan | None:
-    """Return the fastest layout of these rows that fits the device, or None.
+    def fit(self) -> Plan | None:
+        """Return the fastest layout that fits, or None; for no rows None.
 
-    Checkpointing recomputes every layer and costs about a third of the speed; smaller micro-batches cost little.
-    """
-    longest, most = max(lengths), max(targets)
-    micros = (
-        [choice.micro]
-        if choice.micro
-        else sorted({-(-choice.batch_size // n) for n in range(1, choice.batch_size + 1)}, reverse=True)
-    )
-    for checkpointing in [False, True] if choice.checkpointing is None else [choice.checkpointing]:
-        for micro in micros:
-            plan = estimate(shape, micro, longest, most, checkpointing, multiple)
-            if plan.total <= device.budget:
-                return plan
-    return None
+        Checkpointing recomputes every layer and costs about a third of the speed; smaller micro-batches cost little.
+        """
+        if not self.lengths:
+            return None
+        halves = {-(-self.batch_size // parts) for parts in range(1, self.batch_size + 1)}
+        for checkpointing in [False, True] if self.checkpointing is None else [self.checkpointing]:
+            for micro in [self.micro] if self.micro else sorted(halves, reverse=True):
+                plan = self.estimate(micro, checkpointing)
+                if plan.total <= self.device.budget:
+                    return plan
+        return None
 
+    def up_to(self, length: int) -> "Planner":
+        """Return the same for the rows of at most ``length`` tokens."""
+        kept = [at for at, own in enumerate(self.lengths) if own <= length]
+        return replace(self, lengths=[self.lengths[at] for at in kept], targets=[self.targets[at] for at in kept])
 
-def longest_that_fits(
-    shape: Shape, device: Device, lengths: list[int], targets: list[int], choice: Choice, multiple: int
-) -> int:
-    """Return the length of the longest row that can be trained on with every means of saving memory; 0 if none can."""
-    for length, target in sorted(zip(lengths, targets, strict=True), reverse=True):
-        if fit(shape, device, [length], [target], replace(choice, batch_size=1), multiple):
-            return length
-    return 0
+    def longest(self) -> int:
+        """Return the length of the longest row that fits with every means of saving memory; 0 if none does."""
+        for length, target in sorted(zip(self.lengths, self.targets, strict=True), reverse=True):
+            if replace(self, lengths=[length], targets=[target], batch_size=1).fit():
+                return length
+        return 0
 
-
-def too_large(
-    shape: Shape, device: Device, lengths: list[int], targets: list[int], choice: Choice, multiple: int
-) -> UserError:
-    """Return the error that names the flags to change, with numbers."""
-    least = Choice(1, 1, True if choice.checkpointing is None else choice.checkpointing)
-    plan = estimate(shape, choice.micro or 1, max(lengths), max(targets), bool(least.checkpointing), multiple)
-    advice = []
-    if choice.micro not in (None, 1):
-        advice.append("--micro_batch_size 1")
-    if choice.checkpointing is False:
-        saved = plan.total - estimate(shape, plan.micro, plan.length, max(targets), True, multiple).total
-        advice.append(f"--grad_checkpointing on (saves {size(saved)})")
-    if length := longest_that_fits(
-        shape, device, lengths, targets, replace(choice, micro=1, checkpointing=True), multiple
-    ):
-        kept = sum(other <= length for other in lengths)
-        advice.append(f"--max_seq_length {length} (keeps {kept} of {len(lengths)} examples)")
-    advice.append("--max_image_size 768 (44% fewer image tokens than 1024)")
-    halved = 22 * shape.trainable / 2  # values, gradients, moments
-    if halved > 0.02 * device.budget:
-        advice.append(f"half the --lora_r (saves {size(halved)})")
-    if not shape.quantized:
-        advice.append(f"a 4-bit --base_model (saves about {size(0.7 * shape.weights)})")
-    return UserError(
-        f"{device.name} has {size(device.budget)} for training and this run needs about {plan}, at micro-batch "
-        f"{plan.micro} with{'' if plan.checkpointing else 'out'} checkpointing. Try " + ", or ".join(advice)
-    )
+    def too_large(self) -> UserError:
+        """Return the error that names the flags to change, with numbers."""
+        plan = self.estimate(self.micro or 1, self.checkpointing is not False)
+        advice = []
+        if self.micro not in (None, 1):
+            advice.append("--micro_batch_size 1")
+        if self.checkpointing is False:
+            saved = plan.total - self.estimate(plan.layout.micro, True).total
+            advice.append(f"--grad_checkpointing on (saves {size(saved)})")
+        if length := replace(self, micro=1, checkpointing=True).longest():
+            kept = len(self.up_to(length).lengths)
+            advice.append(f"--max_seq_length {length} (keeps {kept} of {len(self.lengths)} examples)")
+        advice.append("--max_image_size 768 (44% fewer image tokens than 1024)")
+        halved = 22 * self.shape.trainable / 2  # values, gradients, moments
+        if halved > 0.02 * self.device.budget:
+            advice.append(f"half the --lora_r (saves {size(halved)})")
+        if not self.shape.quantized:
+            advice.append(f"a 4-bit --base_model (saves about {size(0.7 * self.shape.weights)})")
+        return UserError(
+            f"{self.device.name} has {size(self.device.budget)} for training and this run needs about {plan}, at "
+            f"micro-batch {plan.layout.micro} with{'' if plan.layout.checkpointing else 'out'} checkpointing. "
+            "Try " + ", or ".join(advice)
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,7 +1,6 @@
 """How a run is laid out in memory, printed before it starts; and `--plan`, which measures a few steps."""
 
 import time
-from dataclasses import dataclass
 
 import click
 import mlx.core as mx
@@ -9,32 +8,10 @@ import mlx.core as mx
 from common.model.step import collate, pack_lora, packed_loss_and_grads, round_up
 from common.training.data_loader import steps_per_epoch
 from common.training.log import clock
-from common.training.memory import (
-    GB,
-    PAD_MULTIPLE,
-    Choice,
-    Device,
-    Plan,
-    Shape,
-    estimate,
-    fit,
-    longest_that_fits,
-    size,
-    too_large,
-)
+from common.training.memory import GB, PAD_MULTIPLE, Device, Layout, Planner, Shape, estimate, size
 from common.training.options import AUTO, TrainingOptions
 from common.training.rows import Prepared
 from integration.lora_patch.vlm import Base
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the memory decided; a resumed run keeps it, since other micro-batches would round otherwise."""
-
-    micro: int
-    checkpointing: bool
-    multiple: int
-    max_length: int
 
 
 def choose_layout(
@@ -44,33 +21,30 @@ def choose_layout(
 
     UserError with the flags to change when nothing fits. ``--no_auto_memory`` takes the flags as they are.
     """
-    multiple = PAD_MULTIPLE[device.backend] if options.pad_multiple == AUTO else options.pad_multiple
-    given = {AUTO: None, "on": True, "off": False}[options.grad_checkpointing]
-    micro = None if options.micro_batch_size == AUTO else options.micro_batch_size
-    choice = Choice(min(options.batch_size, len(train)), micro, given)
-    lengths, targets = train.lengths + (val.lengths if val else []), train.targets + (val.targets if val else [])
-    if not options.auto_memory:
-        micro, checkpointing = choice.micro or options.batch_size, bool(choice.checkpointing)
-        plan = estimate(shape, micro, max(lengths), max(targets), checkpointing, multiple)
-        _say(plan, device, "as given")
-        return Layout(micro, checkpointing, multiple, max(lengths))
-    longest = max(lengths)
-    if options.max_seq_length == AUTO:
-        longest = longest_that_fits(shape, device, lengths, targets, choice, multiple)
-    kept = [(length, target) for length, target in zip(lengths, targets, strict=True) if length <= longest]
-    plan = fit(shape, device, *map(list, zip(*kept, strict=True)), choice, multiple) if kept else None
-    if plan is None:
-        raise too_large(shape, device, lengths, targets, choice, multiple)
-    _say(plan, device, "chosen")
-    return Layout(plan.micro, plan.checkpointing, multiple, longest)
-
-
-def _say(plan: Plan, device: Device, how: str) -> None:
+    planner = Planner(
+        shape,
+        device,
+        lengths=train.lengths + (val.lengths if val else []),
+        targets=train.targets + (val.targets if val else []),
+        multiple=PAD_MULTIPLE[device.backend] if options.pad_multiple == AUTO else options.pad_multiple,
+        batch_size=min(options.batch_size, len(train)),
+        micro=None if options.micro_batch_size == AUTO else options.micro_batch_size,
+        checkpointing={AUTO: None, "on": True, "off": False}[options.grad_checkpointing],
+    )
+    if options.auto_memory:
+        fitting = planner.up_to(planner.longest()) if options.max_seq_length == AUTO else planner
+        plan, how = fitting.fit(), "chosen"
+        if plan is None:
+            raise planner.too_large()
+    else:
+        plan, how = planner.estimate(planner.micro or options.batch_size, bool(planner.checkpointing)), "as given"
+    layout, on = plan.layout, "on" if plan.layout.checkpointing else "off"
     click.echo(f"memory: about {plan} of {size(device.budget)} on {device.name}")
     click.echo(
-        f"  {how}: micro-batch {plan.micro}, checkpointing {'on' if plan.checkpointing else 'off'}, sequences up to "
-        f"{plan.length:,} tokens padded to multiples of {plan.multiple}"
+        f"  {how}: micro-batch {layout.micro}, checkpointing {on}, sequences up to {layout.max_length:,} tokens padded "
+        f"to multiples of {layout.multiple}"
     )
+    return layout
 
 
 def limit_cache(options: TrainingOptions, shape: Shape, device: Device, layout: Layout, targets: int) -> None:
@@ -81,8 +55,8 @@ def limit_cache(options: TrainingOptions, shape: Shape, device: Device, layout: 
     if options.cache_limit_gb != AUTO:
         mx.set_cache_limit(int(options.cache_limit_gb * GB))
         return
-    plan = estimate(shape, layout.micro, layout.max_length, targets, layout.checkpointing, layout.multiple)
-    mx.set_cache_limit(int(max(0.05 * device.budget, min(device.budget - plan.total, 0.25 * device.budget))))
+    free = device.budget - estimate(shape, layout, targets).total
+    mx.set_cache_limit(int(max(0.05 * device.budget, min(free, 0.25 * device.budget))))
 
 
 def print_plan(options: TrainingOptions, base: Base, layout: Layout, train: Prepared, val: Prepared | None) -> None:

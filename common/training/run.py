@@ -16,9 +16,9 @@ from common.training.data import DataFile
 from common.training.data_loader import Sharding, steps_per_epoch
 from common.training.distributed import Processes
 from common.training.log import TrainingLog, make_reporter, read_log
+from common.training.memory import Layout
 from common.training.optimizer import AdamW, warmup_within
 from common.training.options import TrainingOptions
-from common.training.plan import Layout
 from common.training.rows import Prepared
 from common.training.run_folder import RunFolder
 from integration.lora_patch.vlm import Base

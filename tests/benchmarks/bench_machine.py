@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
 from common.model.lora import attach_lora  # noqa: E402
 from common.model.step import collate, pack_lora, packed_loss_and_grads  # noqa: E402
-from common.training.memory import PAD_MULTIPLE, Choice, Plan, find_device, fit, shape_of, size  # noqa: E402
+from common.training.memory import PAD_MULTIPLE, Layout, Planner, find_device, shape_of, size  # noqa: E402
 from integration.lora_patch import vlm  # noqa: E402
 from integration.lora_patch.engine import Engine, Request, prompt_row  # noqa: E402
 from tests.benchmarks import bench_generate  # noqa: E402
@@ -68,13 +68,13 @@ def measured(shape: str, bits: int, tflops: float | None) -> str:
     shape_there = shape_of(base.model, RANK, device.backend)
     base.model.vision_tower = None  # as in training, once the photographs' features are known
     name = f"| {device.name}, {size(device.offers)} | {bits}-bit, {size(shape_there.weights)} |"
-    plan = fit(shape_there, device, [len(row)], [row.n_targets], Choice(1), PAD_MULTIPLE[device.backend])
+    plan = Planner(shape_there, device, [len(row)], [targets_of(row)], PAD_MULTIPLE[device.backend], 1).fit()
     if plan is None:
         return f"{name} no | - | - | - | - | - |"
-    step, peak = train(base, row, plan)
+    step, peak = train(base, row, plan.layout)
     answer = decode(base, row, RESPONSE[shape])
     whole = TRAIN * EPOCHS * step + (EPOCHS + 1) * HELD_OUT * step / 3 + (TRAIN + HELD_OUT) * vision
-    how = "yes, checkpointing" if plan.checkpointing else "yes"
+    how = "yes, checkpointing" if plan.layout.checkpointing else "yes"
     share = f"{operations(base, row) / step / tflops / 1e12:.0%}" if tflops else "-"
     return f"{name} {how} | {size(peak)} | {len(row) / step:,.0f} | {share} | {whole / 60:.1f} min | {answer:.1f} s |"
 
@@ -88,7 +88,7 @@ def example(shape: str, base: vlm.Base) -> vlm.Encoded:
     return replace(encoded, input_ids=ids, completion_mask=np.arange(len(ids)) >= len(ids) - len(response))
 
 
-def train(base: vlm.Base, row: vlm.Row, plan: Plan) -> tuple[float, int]:
+def train(base: vlm.Base, row: vlm.Row, layout: Layout) -> tuple[float, int]:
     """Return (seconds of a step, median after the first two; peak bytes)."""
     optimizer, values, seconds = AdamW(2e-4), {"lora": pack_lora(base.model)}, []
     mx.eval(values)
@@ -96,9 +96,9 @@ def train(base: vlm.Base, row: vlm.Row, plan: Plan) -> tuple[float, int]:
     mx.reset_peak_memory()
     for number in range(STEPS):
         started = time.perf_counter()
-        batch = collate(base.model, [row], plan.multiple)
+        batch = collate(base.model, [row], layout.multiple)
         loss, tokens, gradients = packed_loss_and_grads(
-            base.model, batch, values["lora"], checkpointing=plan.checkpointing, seed=(0, number)
+            base.model, batch, values["lora"], checkpointing=layout.checkpointing, seed=(0, number)
         )
         values = optimizer.apply_gradients({"lora": gradients / tokens}, values)
         mx.eval(values, optimizer.state, loss)
@@ -120,13 +120,18 @@ def decode(base: vlm.Base, row: vlm.Row, tokens: int) -> float:
     return times[0] + (times[-1] - times[0]) / (len(times) - 1) * (tokens - 1)
 
 
+def targets_of(row: vlm.Row) -> int:
+    """Return the tokens that the loss counts."""
+    return int(row.completion_mask[1:].sum())
+
+
 def operations(base: vlm.Base, row: vlm.Row) -> float:
     """Return the multiplications and additions of a step, attention aside: 4 for each weight and token."""
     text = base.model.language_model.args
     head = text.head_dim
     q, kv = text.num_attention_heads * head, text.num_key_value_heads * head
     layer = text.hidden_size * (2 * q + 2 * kv + 3 * text.intermediate_size)
-    return 4 * (text.num_hidden_layers * layer * len(row) + text.vocab_size * text.hidden_size * row.n_targets)
+    return 4 * (text.num_hidden_layers * layer * len(row) + text.vocab_size * text.hidden_size * targets_of(row))
 
 
 if __name__ == "__main__":

@@ -225,5 +225,5 @@ def test_the_estimated_peak_is_above_the_measured_and_not_far(checkpointing, bit
     mx.eval(packed_loss_and_grads(model, collate(model, [row], 16), vector, checkpointing=checkpointing, seed=(0,)))
     measured = mx.get_peak_memory() - before
     shape = memory.shape_of(model, 8, "cpu")
-    plan = memory.estimate(shape, 1, length, supervised, checkpointing, 16)
+    plan = memory.estimate(shape, memory.Layout(1, checkpointing, 16, length), supervised)
     assert 0.95 < (plan.total - shape.weights) / measured < 1.8, (plan, measured)

@@ -20,7 +20,7 @@ from common.training import loop, memory, plan
 from common.training.data import read_data
 from common.training.distributed import Processes
 from common.training.loss_curve import HEIGHT, WIDTH
-from common.training.memory import Device
+from common.training.memory import Device, Layout, Planner
 from common.training.model_card import complete_card
 from common.training.options import TrainingOptions
 from common.training.setup import prepare_rows
@@ -267,7 +267,7 @@ def test_the_layout_follows_the_memory(data, tiny_base, monkeypatch):
     assert "chosen: micro-batch 4, checkpointing off" in ample.output
     shape, lengths, targets = sizes(data, tiny_base)
     for micro in (2, 1):
-        plan = memory.estimate(shape, micro, max(lengths), max(targets), False, 16)
+        plan = memory.estimate(shape, Layout(micro, False, 16, max(lengths)), max(targets))
         with_memory(monkeypatch, (plan.total + 1000) / memory.SHARE["cpu"] / 1e6)
         result = train_here(tiny_base, "--plan", "--batch_size", 4)
         assert f"chosen: micro-batch {micro}, checkpointing off" in result.output
@@ -294,9 +294,8 @@ def test_what_mlx_holds_already_is_part_of_what_the_device_offers(backend, monke
     after = memory.find_device()
     assert (before.backend, after.offers) == (backend, before.offers)
     shape = replace(QWEN_4B, weights=base.nbytes)
-    assert memory.fit(shape, after, [2640], [880], memory.Choice(1), 128) == memory.fit(
-        shape, before, [2640], [880], memory.Choice(1), 128
-    )
+    first, second = (Planner(shape, device, [2640], [880], 128, 1).fit() for device in (before, after))
+    assert first == second
 
 
 QWEN_4B = memory.Shape(
@@ -311,16 +310,16 @@ QWEN_4B = memory.Shape(
 )
 def test_the_4b_model_takes_the_fastest_layout_that_fits(gigabytes, micro, checkpointing):
     device = Device("cuda", "a GPU", int(gigabytes * 1e9 / memory.SHARE["cuda"]))
-    plan = memory.fit(QWEN_4B, device, [2640, 2000], [880, 700], memory.Choice(4), 128)
-    assert (plan and plan.micro, plan and plan.checkpointing) == (micro, checkpointing)
+    plan = Planner(QWEN_4B, device, [2640, 2000], [880, 700], 128, 4).fit()
+    assert (plan and plan.layout.micro, plan and plan.layout.checkpointing) == (micro, checkpointing)
 
 
 def test_a_16_gb_mac_trains_the_4b_model_in_4_bits():
     """Its recommended working set is about 12 GB; attention is not fused there."""
     shape = replace(QWEN_4B, quantized=True, weights=2_300_000_000, attention="chunked")
-    plan = memory.fit(shape, Device("metal", "M2", 12_000_000_000), [2640], [880], memory.Choice(2), 32)
+    plan = Planner(shape, Device("metal", "M2", 12_000_000_000), [2640], [880], 32, 2).fit()
     assert plan.total < 0.95 * 12e9
-    assert memory.estimate(shape, 1, 2640, 880, True, 32).total < 8e9
+    assert memory.estimate(shape, Layout(1, True, 32, 2640), 880).total < 8e9
 
 
 def sizes(data, base):
@@ -345,8 +344,8 @@ def test_what_cannot_fit_is_refused_with_the_flags_to_change(data, tiny_base, mo
 def test_memory_decides_the_longest_example(data, tiny_base, monkeypatch):
     shape, lengths, targets = sizes(data, tiny_base)
     longest = max(length for length in lengths if length <= max(lengths) - 16)
-    limit = memory.estimate(shape, 1, longest, max(targets), True, 16).total
-    assert limit < memory.estimate(shape, 1, max(lengths), max(targets), True, 16).total
+    limit = memory.estimate(shape, Layout(1, True, 16, longest), max(targets)).total
+    assert limit < memory.estimate(shape, Layout(1, True, 16, max(lengths)), max(targets)).total
     with_memory(monkeypatch, (limit + 1000) / memory.SHARE["cpu"] / 1e6)
     result = train_here(tiny_base, "--plan")
     assert f"sequences up to {longest} tokens" in result.output
