@@ -42,7 +42,7 @@ class ModelSource:
         """``adapters``: folder by arm ("candidate", ...); ``facts``: what identifies base and software, for the log."""
         self.base, self.sampling, self.facts = base, sampling, facts
         self.load_seconds: dict[str, float] = {}
-        self.adapters: dict[str, vlm.Adapter | None] = {"base": None}
+        self.adapters: dict[str, vlm.LoraModules | None] = {"base": None}
         self.hashes: dict[str, object] = facts["adapters"]
         for arm, folder in adapters.items():
             self.adapters[arm] = self._load(arm, folder)
@@ -56,7 +56,7 @@ class ModelSource:
         self._timed = 0  # photographs timed so far
         self._grammars: dict[tuple[str, ...], Grammar] = {}
 
-    def _load(self, arm: str, folder: Path) -> vlm.Adapter:
+    def _load(self, arm: str, folder: Path) -> vlm.LoraModules:
         start = time.perf_counter()
         try:
             layers = read_adapter(adapter_in(folder)).layers
@@ -166,7 +166,7 @@ class ModelSource:
         request = Request(row, item.key, grammar=schema if bound else None, schema=schema)
         yield from self.engine.stream(request, max_tokens or self.sampling.max_tokens, self._adapter(arm))
 
-    def _adapter(self, arm: str) -> vlm.Adapter | None:
+    def _adapter(self, arm: str) -> vlm.LoraModules | None:
         return self.adapters[arm.removesuffix(GRAMMAR)]
 
     def _row(self, item: Item) -> vlm.Row:

@@ -142,7 +142,7 @@ class LanguageModel:
 
 
 def update_of(adapter) -> Update | None:
-    """Return what an adapter adds, by module: of `vlm.Adapter`, of `adapters.Adapter`, or of none."""
+    """Return what an adapter adds, by module: of `vlm.LoraModules`, of `adapters.Adapter`, or of none."""
     if adapter is None:
         return None
     if hasattr(adapter, "layers"):

@@ -37,12 +37,6 @@ def _switched(kind: type) -> type:
     return type(f"Switched{kind.__name__}", (kind,), {"__call__": forward, "switched_from": kind})
 
 
-def _in_and_out(linear) -> tuple[int, int]:
-    outputs, inputs = linear.weight.shape
-    bits = getattr(linear, "bits", None)  # a quantized layer packs 32 / bits weights into a number
-    return (inputs * 32 // bits if bits else inputs), outputs
-
-
 def make_switchable(model, adapter: Adapter) -> None:
     """Let the adapter be switched on in ``model``; LoraError, naming all, when a matrix does not fit its layer.
 
@@ -51,8 +45,10 @@ def make_switchable(model, adapter: Adapter) -> None:
     """
     import mlx.nn as nn
 
+    from .vlm import linear_size
+
     modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
-    check_shapes(adapter, {name: _in_and_out(module) for name, module in modules.items()})
+    check_shapes(adapter, {name: linear_size(module) for name, module in modules.items()})
     for name in adapter.layers:
         module = modules[name]
         if not hasattr(type(module), "switched_from"):

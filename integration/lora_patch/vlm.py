@@ -8,7 +8,6 @@ Reads a model folder (or a hub id); writes nothing. Training (`common/model`) an
 file gives them: plain arrays and the static description of a decoder layer.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from .errors import LoraError, refuse
+from .errors import LoraError, one_line, refuse
+from .files import read_json
 from .hub import model_folder
 
 LAYERS = "language_model.model.layers"  # the prefix of every trained module's name
@@ -65,7 +65,7 @@ def load_base(name_or_path: str | Path) -> Base:
     try:
         model, processor = load(str(path))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: MLX on damaged weights
-        raise LoraError(f"{name}: the model cannot be loaded: {_first_line(error)}") from error
+        raise LoraError(f"{name}: the model cannot be loaded: {one_line(error)}") from error
     model.freeze()
     model.eval()
     group_weights(model)
@@ -76,20 +76,13 @@ def _read_config(path: Path) -> dict:
     file = path / "config.json"
     if not file.is_file():
         raise LoraError(f"{path}: no config.json; this is not a model folder")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoraError(f"{file}: cannot be read as JSON: {_first_line(error)}") from error
-    if not isinstance(config, dict) or config.get("model_type") != "qwen3_vl":
-        kind = config.get("model_type") if isinstance(config, dict) else None
+    config = read_json(file)
+    if config.get("model_type") != "qwen3_vl":
+        kind = config.get("model_type")
         raise LoraError(f"{file}: model_type is {kind!r}; only dense Qwen3-VL ('qwen3_vl') can be used")
     if not any(path.glob("*.safetensors")):
         raise LoraError(f"{path}: no *.safetensors weights beside config.json")
     return config
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # -- examples to tokens -----------------------------------------------------------------------------------------------
@@ -186,16 +179,6 @@ class Row:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @property
-    def n_targets(self) -> int:
-        """Tokens that the loss counts."""
-        return int(self.completion_mask[1:].sum())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of features that the row keeps alive."""
-        return sum(a.nbytes for a in (self.features, self.deepstack) if a is not None)
-
 
 def prepare_row(base: Base, encoded: Encoded) -> Row:
     """Compute the vision features (deepstack included) and the position ids of one encoded example."""
@@ -221,30 +204,25 @@ def prepare_row(base: Base, encoded: Encoded) -> Row:
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
 
-class Adapter:
-    """The LoRA modules attached to one model, and the base modules they wrap."""
+@dataclass(eq=False)
+class LoraModules:
+    """A LoRA adapter as modules of mlx-vlm's around the base's own, which `use_adapter` puts in their place."""
 
-    def __init__(self, rank: int, alpha: float, dropout: float, modules: dict[str, nn.Module]):
-        self.rank, self.alpha, self.dropout, self.modules = rank, alpha, dropout, modules
-        self.on = True
+    rank: int
+    alpha: float
+    dropout: float
+    modules: dict[str, nn.Module]  # by full name
+    phrasebook: object | None = None  # `phrasebook.Continuations` of its training responses, to draft from
 
     @property
     def scale(self) -> float:
-        """What the update A B is multiplied with: alpha / rank."""
+        """What the update A B is multiplied by: alpha / rank."""
         return self.alpha / self.rank
 
 
-def adapter_of(model: nn.Module) -> Adapter | None:
+def adapter_of(model: nn.Module) -> LoraModules | None:
     """Return the adapter that `use_adapter` put on the model, if any."""
     return getattr(model, "_adapter", None)
-
-
-def set_adapter(model: nn.Module, on: bool) -> None:
-    """Switch between the base and base + adapter, over one base in memory."""
-    adapter = adapter_of(model)
-    if adapter.on != on:
-        adapter.on = on
-        _place(model, {name: m if on else m.linear for name, m in adapter.modules.items()})
 
 
 def linear_size(linear: nn.Module) -> tuple[int, int]:
@@ -257,10 +235,6 @@ def _child(module: nn.Module, name: str) -> nn.Module:
     for part in name.split("."):
         module = module[part]
     return module
-
-
-def _place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    model.update_modules(tree_unflatten(list(modules.items())))
 
 
 # -- the decoder as plain arrays --------------------------------------------------------------------------------------
@@ -294,12 +268,10 @@ class LayerSpec:
 
 @dataclass
 class Decoder:
-    """The language model as arrays: per layer a spec, frozen arrays and (a, b) of each adapted projection."""
+    """The language model as arrays: per layer a spec, its frozen arrays, and which modules have an adapter."""
 
     specs: list[LayerSpec]
-    frozen: list[dict]  # {"input_norm": [D], ..., "q": (weight,) or (weight, scales, biases), ...}
-    grouped: list[dict]  # {"input_norm": [D], ..., "qkv": [matrices stored like "q", to be stacked], ...}
-    lora: list[dict]  # {"q": (lora_a [in, r], lora_b [r, out]), ...}
+    grouped: list[dict]  # {"input_norm": [D], ..., "qkv": [(weight,) or (weight, scales, biases), ...], ...}
     names: list[dict]  # {"q": full module name, ...} of the adapted projections
     norm: mx.array  # [D]
     eps: float
@@ -316,25 +288,22 @@ def decoder(model: nn.Module) -> Decoder:
     """Return the language model's arrays as they stand now: with the adapter if it is on, else the base's alone."""
     adapter = adapter_of(model)
     text = model.language_model.model
-    specs, frozen, grouped, lora, names = [], [], [], [], []
+    specs, grouped, names = [], [], []
     for i, (layer, groups) in enumerate(zip(text.layers, group_weights(model), strict=True)):
         attention = layer.self_attn
-        arrays = {
+        norms = {
             "input_norm": layer.input_layernorm.weight,
             "post_norm": layer.post_attention_layernorm.weight,
             "q_norm": attention.q_norm.weight,
             "k_norm": attention.k_norm.weight,
         }
-        packing, widths, pairs, full = [], [], {}, {}
+        packing, widths, full = [], [], {}
         for name, short in _SHORT.items():
             module = _child(layer, name)
             if "lora_a" in module:
-                pairs[short] = (module.lora_a, module.lora_b)
                 full[short] = f"{LAYERS}.{i}.{name}"
-                module = module.linear
-            arrays[short], how = stored_matrix(module)
-            packing.append((short, how))
-            widths.append((short, linear_size(module)))
+            packing.append((short, stored_matrix(_bare(module))[1]))
+            widths.append((short, linear_size(_bare(module))))
         specs.append(
             LayerSpec(
                 attention.n_heads,
@@ -344,24 +313,19 @@ def decoder(model: nn.Module) -> Decoder:
                 tuple(packing),
                 tuple((group, tuple(how for _, how in stored)) for group, stored in groups.items()),
                 tuple(widths),
-                tuple(pairs),
-                adapter.rank if pairs else 0,
-                adapter.scale if pairs else 0.0,
-                adapter.dropout if pairs else 0.0,
+                tuple(full),
+                adapter.rank if full else 0,
+                adapter.scale if full else 0.0,
+                adapter.dropout if full else 0.0,
             )
         )
-        frozen.append(arrays)
-        norms = {name: array for name, array in arrays.items() if name.endswith("norm")}
         grouped.append({**norms, **{group: [parts for parts, _ in stored] for group, stored in groups.items()}})
-        lora.append(pairs)
         names.append(full)
     tied = model.language_model.args.tie_word_embeddings
     head, head_packing = stored_matrix(text.embed_tokens if tied else model.language_model.lm_head)
     rotary = text.layers[0].self_attn.rotary_emb
-    return Decoder(
-        specs, frozen, grouped, lora, names, text.norm.weight, text.args.rms_norm_eps, head, head_packing,
-        text.embed_tokens, rotary,
-    )  # fmt: skip
+    norm, eps = text.norm.weight, text.args.rms_norm_eps
+    return Decoder(specs, grouped, names, norm, eps, head, head_packing, text.embed_tokens, rotary)
 
 
 def group_weights(model: nn.Module) -> list[dict]:
@@ -417,11 +381,13 @@ def stored_matrix(module: nn.Module) -> tuple[tuple, Packing | None]:
 # -- several adapters over one base, and mlx-vlm's own generation -----------------------------------------------------
 
 
-def build_adapter(base: Base, tensors: dict[str, mx.array], rank: int, alpha: float, dropout: float = 0.0) -> Adapter:
+def build_adapter(
+    base: Base, tensors: dict[str, mx.array], rank: int, alpha: float, dropout: float = 0.0
+) -> LoraModules:
     """Make the LoRA modules of a trained adapter without placing them; any number may exist over one base.
 
-    ``tensors`` hold lora_a [in, r] and lora_b [r, out] by MLX name. Raises
-    `LoraError` naming every module that the base lacks, whose shape differs or whose values are no numbers.
+    ``tensors`` hold lora_a [in, r] and lora_b [r, out] by MLX name. Raises `LoraError` naming every module that the
+    base lacks, whose shape differs or whose values are no numbers.
     """
     from mlx_vlm.trainer.peft import LoRALinear
 
@@ -444,18 +410,16 @@ def build_adapter(base: Base, tensors: dict[str, mx.array], rank: int, alpha: fl
         modules[name] = module
     refuse(problems)
     mx.eval([[m.lora_a, m.lora_b] for m in modules.values()])
-    return Adapter(rank, alpha, dropout, modules)
+    return LoraModules(rank, alpha, dropout, modules)
 
 
-def use_adapter(base: Base, adapter: Adapter | None) -> None:
+def use_adapter(base: Base, adapter: LoraModules | None) -> None:
     """Put ``adapter`` in place of whichever adapter is on; None: the base alone. Nothing is copied."""
     current = adapter_of(base.model)
-    if current is not None:
-        set_adapter(base.model, False)
+    modules = {name: module.linear for name, module in current.modules.items()} if current else {}
+    modules |= adapter.modules if adapter else {}
+    base.model.update_modules(tree_unflatten(list(modules.items())))
     object.__setattr__(base.model, "_adapter", adapter)
-    if adapter is not None:
-        adapter.on = False
-        set_adapter(base.model, True)
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -381,7 +381,7 @@ def photo(shape: dict, base: vlm.Base, number: int) -> vlm.Encoded:
     return vlm.Encoded(ids, np.zeros(len(ids), dtype=bool), pixels, np.array([[1, height, width]], dtype=np.int32))
 
 
-def random_adapter(base: vlm.Base, rank: int) -> vlm.Adapter:
+def random_adapter(base: vlm.Base, rank: int) -> vlm.LoraModules:
     attach_lora(base, rank=rank, alpha=2 * rank)
     tensors = lora_parameters(base.model)
     for name in tensors:

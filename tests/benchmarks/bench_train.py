@@ -242,7 +242,7 @@ def make(folder: str, shape: str, rows: int, width: int, height: int, prompt: in
     about = {
         "tokens": len(row),
         "image_tokens": len(row.visual),
-        "targets": row.n_targets,
+        "targets": int(row.completion_mask[1:].sum()),
         "device": str(info.get("device_name") or info.get("architecture") or platform.machine()),
     }
     (folder / "about.json").write_text(json.dumps(about))

@@ -19,7 +19,7 @@ from integration.lora_patch.vlm import (
     encode,
     load_base,
     prepare_row,
-    set_adapter,
+    use_adapter,
 )
 from tests.lora import loss_and_grads, update_lora
 
@@ -195,9 +195,10 @@ def test_twenty_steps_follow_the_reference(tiny_base):
 
 def plain_start(batch, base: Base) -> float:
     """The loss of the base alone, where an untrained adapter starts."""
-    set_adapter(base.model, False)
+    adapter = adapter_of(base.model)
+    use_adapter(base, None)
     loss = loss_only(base.model, batch)[0].item()
-    set_adapter(base.model, True)
+    use_adapter(base, adapter)
     return loss
 
 
@@ -324,10 +325,10 @@ def test_initial_adapter_changes_nothing(tiny_base):
 def test_switching_the_adapter(base, reference):
     _, rows, expected, _ = reference
     batch = collate(base.model, rows)
-    set_adapter(base.model, False)
+    adapter = adapter_of(base.model)
+    use_adapter(base, None)
     off = loss_only(base.model, batch)[0].item()
-    assert not adapter_of(base.model).on
-    set_adapter(base.model, True)
+    use_adapter(base, adapter)
     assert loss_only(base.model, batch)[0].item() == pytest.approx(expected.item(), rel=1e-6)
     assert abs(off - expected.item()) > 1e-3 * off
 
