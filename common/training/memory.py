@@ -4,10 +4,8 @@ Sizes are bytes. The estimate counts what lives at the peak of a step: the base,
 moments, the activations that the backward pass needs, and the layer or output head that is being computed.
 """
 
-import os
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,9 +15,9 @@ from common.errors import UserError
 from common.model.layer import CHUNK
 from common.model.step import IN_FLIGHT as QUEUED
 from common.model.step import ROW_CHUNK, VOCAB_CHUNK, round_up
+from integration.lora_patch.memory import Device
 
 GB = 1e9
-SHARE = {"metal": 0.95, "cuda": 0.92, "cpu": 0.8}  # of what the device offers; the rest is for what is not counted
 PAD_MULTIPLE = {"metal": 32, "cuda": 128, "cpu": 16}  # CUDA's fused attention backward wants 128; else padding is waste
 FORWARD = {"metal": "chunked", "cuda": "chunked", "cpu": "full"}
 IN_FLIGHT = QUEUED + 1  # layers whose temporaries exist at once
@@ -31,52 +29,6 @@ def size(count: float) -> str:
     if count >= GB:
         return f"{count / GB:.1f} GB"
     return f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"
-
-
-# -- the device -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Device:
-    """The device that trains: its backend ("metal", "cuda", "cpu"), what people call it, and its usable bytes."""
-
-    backend: str
-    name: str
-    offers: int
-
-    @property
-    def budget(self) -> int:
-        return int(SHARE[self.backend] * self.offers)
-
-
-def find_device() -> Device:
-    """Return the default device and what it offers to this process: a Mac's recommended working set, else what is
-    free plus what MLX holds already, since a plan counts the loaded base itself."""
-    info = mx.device_info()
-    name = str(info.get("device_name", info.get("architecture", "unknown device")))
-    held = mx.get_active_memory() + mx.get_cache_memory()
-    if mx.default_device() == mx.Device(mx.cpu):
-        return Device("cpu", name, available_ram() + held)
-    if mx.metal.is_available():
-        return Device("metal", name, int(info["max_recommended_working_set_size"]))
-    total = info.get("total_memory") or info.get("memory_size")
-    free = info.get("free_memory")
-    return Device("cuda", name, int(total or available_ram() + held) if free is None else int(free) + held)
-
-
-def available_ram() -> int:
-    """Return the bytes of RAM that a process may still take, a container's limit included."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return min(free, max(0, limit - used))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return free
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------

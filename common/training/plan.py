@@ -8,9 +8,10 @@ import mlx.core as mx
 from common.model.step import collate, pack_lora, packed_loss_and_grads, round_up
 from common.training.data_loader import steps_per_epoch
 from common.training.log import clock
-from common.training.memory import GB, PAD_MULTIPLE, Device, Layout, Planner, Shape, estimate, size
+from common.training.memory import GB, PAD_MULTIPLE, Layout, Planner, Shape, estimate, size
 from common.training.options import AUTO, TrainingOptions
 from common.training.rows import Prepared
+from integration.lora_patch.memory import Device
 from integration.lora_patch.vlm import Base
 
 

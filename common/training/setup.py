@@ -14,13 +14,14 @@ from common.errors import UserError
 from common.records import software_versions
 from common.training.data import DataFile, report_overlong
 from common.training.distributed import Processes, is_peer_lost
-from common.training.memory import Layout, available_ram, find_device, is_out_of_memory, shape_of
+from common.training.memory import Layout, is_out_of_memory, shape_of
 from common.training.options import AUTO, LAYOUT, TrainingOptions
 from common.training.plan import choose_layout, limit_cache
 from common.training.rows import Prepared, RowMaker, RowStore
 from common.training.run_folder import RunFolder, data_differences, refuse_differences
 from common.training.watchdog import Watchdog
 from integration.lora_patch.fingerprint import compare_fingerprints
+from integration.lora_patch.memory import available_ram, find_device
 from integration.lora_patch.vlm import Base
 
 Checkpoint = tuple[Path, dict]  # its folder and its state

@@ -14,7 +14,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .language_model import LanguageModel, Update, group_updates, has_room
+from .language_model import LanguageModel, Update, group_updates
+from .memory import room
 from .vlm import GROUPS, Packing, Row, stored_matrix
 
 SOURCES = ("decode.cu", "decode_product.cu", "decode_attention.cu", "decode_step.cu")
@@ -53,7 +54,7 @@ def refusal(model: LanguageModel) -> str | None:
     if model.dtype != mx.bfloat16 or len(set(model.shapes)) > 1:
         return f"activations of {model.dtype}"
     dims = dimensions(model)
-    if quantized(model) and not has_room(unpacked_bytes(dims)):
+    if quantized(model) and unpacked_bytes(dims) > room():
         return "quantized matrices, and too little memory to unpack them"
     if any(width % (32 * WARPS) for width in dims.inputs()) or dims.head_dim not in (64, 128):
         return "matrices of another width"

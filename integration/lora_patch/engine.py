@@ -27,6 +27,7 @@ from .decode_kernel import DecodeKernel, KernelBatch
 from .drafting import Drafter, Pace
 from .grammar import Grammar, Matcher
 from .language_model import Batch, LanguageModel, update_of
+from .memory import room
 from .repetition import repeated_tail
 from .vlm import Base, Row, stop_tokens
 
@@ -130,7 +131,8 @@ class Engine:
         return answer_text(self.base, tokens)
 
     def way(self, adapter) -> str:
-        """Return how an adapter's update is applied: "merged" copies of matrices, or "beside" the base's; "base"."""
+        """Return how an adapter's update is applied: "merged" into copies of the matrices that it changes, "beside" the
+        base's, or "merged in 72 of 144 matrices" and beside the others; "base" for none."""
         return self._prepared(adapter)[1]
 
     def generate(
@@ -307,13 +309,15 @@ class Engine:
         held = self._ready.get(id(adapter))
         if held is None or held[0]() is not adapter:
             update, key = update_of(adapter), id(adapter)
-            merged = self.model.merges(update)
+            changed, copies = self.model.changed(update), self.model.copies(update, room())
             forget = weakref.ref(adapter, lambda _: self._ready.pop(key, None))
             lora = (None, 0)
-            if self.kernel and not merged:
+            if self.kernel and copies != changed:
                 rank = self.kernel.rank_of(update)
                 lora = (self.kernel.packed(update, rank), rank) if rank else None
-            held = forget, (self.model.layers(update, merged), "merged" if merged else "beside", lora)
+                copies = frozenset() if rank else copies  # the kernel adds the whole update by itself
+            way = f"merged in {len(copies)} of {len(changed)} matrices" if copies else "beside"
+            held = forget, (self.model.layers(update, copies), "merged" if copies == changed else way, lora)
             self._ready[key] = held
         return held[1]
 

@@ -1,7 +1,7 @@
 """The language model as plain MLX operations, as few as possible: prefill, and steps of one or several tokens.
 
     model = LanguageModel(base)
-    layers = model.layers(update)         # the base's matrices, or with an adapter's update beside or merged into them
+    layers = model.layers(update, copies)  # the base's matrices, an adapter's update beside them or in merged copies
     batch = Batch(model, layers); logits = batch.admit(row); logits = batch.step(tokens)
 
 Runs wherever MLX does. Projections that share an input are one product. What an operation costs here is mostly that
@@ -19,10 +19,10 @@ import numpy as np
 from .vlm import GROUPS, LAYERS, TARGET_MODULES, Base, LayerSpec, Packing, Row, decoder
 
 GROWTH = 256  # columns by which the key-value cache grows
-MERGED_SHARE = 0.6  # of the memory: merged copies of an adapter's matrices are made while all stays below it
 _NAMES = {name.split(".")[1].removesuffix("_proj"): name for name in TARGET_MODULES}
 
 Update = dict[str, tuple[mx.array, mx.array, float]]  # module name -> A [inputs, rank], B [rank, outputs], scale
+Copies = frozenset[tuple[int, str]]  # (layer, group) of the matrices into copies of which an update is merged
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,19 @@ class LanguageModel:
 
     # -- an adapter ---------------------------------------------------------------------------------------------------
 
-    def layers(self, update: Update | None, merged: bool = False) -> list[dict]:
-        """Return each layer's arrays with an adapter's update: beside the base's matrices, or ``merged`` into copies.
+    def layers(self, update: Update | None, copies: Copies = frozenset()) -> list[dict]:
+        """Return each layer's arrays with an adapter's update: merged into ``copies``, else beside the base's matrices.
 
-        Merged copies are made from the untouched base, W + s B A, rounded once to the base's type; a quantized matrix
-        keeps its update beside it.
+        Merged copies are made from the untouched base, W + s B A, rounded once to the base's type.
         """
         if not update:
             return self.plain
         found = []
-        for i, (plain, spec) in enumerate(zip(self.plain, self.parts.specs, strict=True)):
+        for i, plain in enumerate(self.plain):
             layer = dict(plain)
             for group, own, widths in group_updates(self, update, i):
                 if any(own):
-                    self._add(layer, group, own, widths, merged and dict(spec.grouped)[group] == (None,))
+                    self._add(layer, group, own, widths, (i, group) in copies)
             mx.eval(layer)
             found.append(layer)
         return found
@@ -89,18 +88,22 @@ class LanguageModel:
             layer[group + ".a"] = mx.contiguous(a.astype(self.dtype).T).T
             layer[group + ".b"] = mx.contiguous(b.astype(self.dtype))
 
-    def merges(self, update: Update | None) -> bool:
-        """Whether there is memory for merged copies of what an adapter changes (16-bit and 32-bit matrices only)."""
-        if not update:
-            return False
-        size = 0
-        for i, (plain, spec) in enumerate(zip(self.plain, self.parts.specs, strict=True)):
-            for group, own, _ in group_updates(self, update, i):
-                if any(own):
-                    if dict(spec.grouped)[group] != (None,):
-                        return False
-                    size += plain[group][0][0].nbytes
-        return has_room(size)
+    def changed(self, update: Update | None) -> Copies:
+        """Return which matrices an adapter changes."""
+        layers = range(len(self.plain) if update else 0)
+        return frozenset((i, group) for i in layers for group, own, _ in group_updates(self, update, i) if any(own))
+
+    def copies(self, update: Update | None, room: int) -> Copies:
+        """Return of which matrices merged copies fit in ``room`` bytes: the smallest first, since each saves a step two
+        operations, whatever its size. A quantized matrix is never copied."""
+        sizes = {
+            (i, group): self.plain[i][group][0][0].nbytes
+            for i, group in self.changed(update)
+            if dict(self.parts.specs[i].grouped)[group] == (None,)
+        }
+        found = sorted(sizes, key=lambda at: (sizes[at], at))
+        fitting = np.cumsum([sizes[at] for at in found]) <= room
+        return frozenset(found[: int(fitting.sum())])
 
     # -- the pieces of a pass -----------------------------------------------------------------------------------------
 
@@ -168,22 +171,6 @@ def stacked(own: list, widths: list[tuple[int, int]]) -> tuple[mx.array, mx.arra
             b.append(mx.pad(pair[2] * pair[1].astype(mx.float32), [(0, 0), (at, outputs - at - width)]))
         at += width
     return mx.concatenate(a, axis=1), mx.concatenate(b)
-
-
-def has_room(size: int) -> bool:
-    """Whether copies of ``size`` bytes leave the memory far from full."""
-    return mx.get_active_memory() + size < MERGED_SHARE * device_memory()
-
-
-def device_memory() -> int:
-    """Return the bytes of memory that arrays may lie in: the GPU's, or the machine's."""
-    import os
-
-    info = mx.device_info()
-    for name in ("max_recommended_working_set_size", "total_memory", "memory_size"):
-        if info.get(name):
-            return int(info[name])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # -- products and halves of a layer -----------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
 from common.model.lora import attach_lora  # noqa: E402
 from common.model.step import collate, pack_lora, packed_loss_and_grads  # noqa: E402
-from common.training.memory import PAD_MULTIPLE, Layout, Planner, find_device, shape_of, size  # noqa: E402
+from common.training.memory import PAD_MULTIPLE, Layout, Planner, shape_of, size  # noqa: E402
 from integration.lora_patch import vlm  # noqa: E402
 from integration.lora_patch.engine import Engine, Request, prompt_row  # noqa: E402
+from integration.lora_patch.memory import find_device  # noqa: E402
 from tests.benchmarks import bench_generate  # noqa: E402
 
 RESPONSE = {"tiny": 60, "4b": 880}  # tokens

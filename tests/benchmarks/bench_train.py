@@ -323,7 +323,8 @@ def ours(folder: Path, steps: int, checkpointing=False, dropout=0.0, bits=None) 
     from mlx.optimizers import AdamW
 
     from common.model.step import collate, pack_lora, packed_loss_and_grads
-    from common.training.memory import PAD_MULTIPLE, find_device
+    from common.training.memory import PAD_MULTIPLE
+    from integration.lora_patch.memory import find_device
     from integration.lora_patch.vlm import encode, prepare_row
 
     multiple = PAD_MULTIPLE[find_device().backend]

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from integration.lora_patch import engine as engine_module
 from integration.lora_patch import language_model, vlm
 from integration.lora_patch.adapters import as_uniform, read_adapter
 from integration.lora_patch.engine import Engine, Request, Sampling, prompt_row, supports
@@ -111,18 +112,26 @@ def test_adapters_are_switched_call_by_call_over_one_base(engine, base, adapter,
 
 def test_update_beside_the_matrices_gives_what_merged_copies_give(base, adapter, requests, one_by_one, monkeypatch):
     apart = Engine(base)
-    monkeypatch.setattr(apart.model, "merges", lambda update: False)
+    monkeypatch.setattr(engine_module, "room", lambda: 0)
     assert tokens(apart, requests, 3, adapter=adapter) == one_by_one
+    monkeypatch.undo()
     assert (apart.way(adapter), apart.way(None), Engine(base).way(adapter)) == ("beside", "base", "merged")
 
 
-def test_copies_are_merged_only_where_memory_is_plentiful(engine, base, adapter, monkeypatch):
-    update = language_model.update_of(adapter)
-    size = sum(module.linear.weight.nbytes for module in adapter.modules.values())
-    for spare, merges in ((1, True), (-1, False)):
-        room = (mx.get_active_memory() + size + spare * 4096) / language_model.MERGED_SHARE
-        monkeypatch.setattr(language_model, "device_memory", lambda room=room: room)
-        assert engine.model.merges(update) is merges
+def test_copies_are_merged_as_far_as_memory_goes_the_smallest_first(base, adapter, requests, one_by_one, monkeypatch):
+    model, update = Engine(base).model, language_model.update_of(adapter)
+    whole = sum(module.linear.weight.nbytes for module in adapter.modules.values())
+    assert model.copies(update, whole) == model.changed(update)
+    assert len(model.copies(update, whole - 1)) == len(model.changed(update)) - 1
+    assert model.copies(update, 0) == model.copies(None, whole) == frozenset()
+    sizes = {group: model.plain[0][group][0][0].nbytes for group in vlm.GROUPS}
+    half = len(model.plain) * sum(sorted(sizes.values())[:2])
+    assert sum(sizes[group] for _, group in model.copies(update, half)) == half
+    assert "gate_up" not in {group for _, group in model.copies(update, half)}  # the largest
+    monkeypatch.setattr(engine_module, "room", lambda: half)
+    partly, layers = Engine(base), len(model.plain)
+    assert partly.way(adapter) == f"merged in {2 * layers} of {4 * layers} matrices"
+    assert tokens(partly, requests[:4], 3, adapter=adapter) == {(str(at), 0): one_by_one[str(at), 0] for at in range(4)}
 
 
 def test_layers_of_an_adapter_go_with_it(base, stirred):
@@ -144,7 +153,7 @@ def test_every_form_in_which_the_service_reads_adapters(engine, stirred, adapter
     some = read_adapter(adapter_in(stirred))
     some.layers = {name: pair for at, (name, pair) in enumerate(some.layers.items()) if at % 3}
     beside = Engine(engine.base)
-    beside.model.merges = lambda update: False
+    beside.model.copies = lambda update, room: frozenset()
     found = tokens(engine, requests[:2], 2, adapter=some)
     assert found == tokens(beside, requests[:2], 2, adapter=some)
     assert found["0", 0] != one_by_one["0", 0]
@@ -256,14 +265,16 @@ def test_what_the_engine_cannot_serve_is_told_in_a_line(base):
     assert "keeps its parts elsewhere" in supports(moved)
 
 
-@pytest.mark.parametrize(("bits", "merged", "added"), [(0, True, 0), (0, False, 8), (4, True, 8)])
+@pytest.mark.parametrize(("bits", "merged", "added"), [(0, 4, 0), (0, 2, 4), (0, 0, 8), (4, 4, 8)])
 def test_adapter_adds_few_primitives_to_a_step(tiny_base, stirred, photos, bits, merged, added):
+    """``merged``: groups of a layer for whose copies there is memory."""
     base = vlm.load_base(tiny_base)
     if bits:
         nn.quantize(base.model.language_model, 64, bits)
     engine, read = Engine(base), read_adapter(adapter_in(stirred))
-    if not merged:
-        engine.model.merges = lambda update: False
+    sizes = sorted(engine.model.plain[0][group][0][0].nbytes for group in vlm.GROUPS)
+    fitting, copies = len(engine.model.plain) * sum(sizes[:merged]), engine.model.copies
+    engine.model.copies = lambda update, room: copies(update, fitting)
     row = vlm.prepare_row(base, vlm.encode(base, PROMPTS[0], [photos[0]]))
     counts = [step_primitives(engine, adapter, row) for adapter in (None, read)]
     layers = len(engine.model.shapes)

@@ -20,10 +20,12 @@ from common.training import loop, memory, plan
 from common.training.data import read_data
 from common.training.distributed import Processes
 from common.training.loss_curve import HEIGHT, WIDTH
-from common.training.memory import Device, Layout, Planner
+from common.training.memory import Layout, Planner
 from common.training.model_card import complete_card
 from common.training.options import TrainingOptions
 from common.training.setup import prepare_rows
+from integration.lora_patch import memory as device_memory
+from integration.lora_patch.memory import Device
 from integration.lora_patch.photo import load_photo
 from integration.lora_patch.phrasebook import read_phrasebook
 from integration.lora_patch.vlm import encode, load_base, response_tokens
@@ -268,7 +270,7 @@ def test_the_layout_follows_the_memory(data, tiny_base, monkeypatch):
     shape, lengths, targets = sizes(data, tiny_base)
     for micro in (2, 1):
         plan = memory.estimate(shape, Layout(micro, False, 16, max(lengths)), max(targets))
-        with_memory(monkeypatch, (plan.total + 1000) / memory.SHARE["cpu"] / 1e6)
+        with_memory(monkeypatch, (plan.total + 1000) / device_memory.SHARE["cpu"] / 1e6)
         result = train_here(tiny_base, "--plan", "--batch_size", 4)
         assert f"chosen: micro-batch {micro}, checkpointing off" in result.output
 
@@ -281,17 +283,17 @@ def test_what_mlx_holds_already_is_part_of_what_the_device_offers(backend, monke
     def free() -> int:  # as the operating system or the driver would count it
         return 8_000_000_000 - (mx.get_active_memory() + mx.get_cache_memory() - start)
 
-    monkeypatch.setattr(memory, "available_ram", free)
+    monkeypatch.setattr(device_memory, "available_ram", free)
     if backend == "cuda":
         monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
         monkeypatch.setattr(mx.metal, "is_available", lambda: False)
         monkeypatch.setattr(
             mx, "device_info", lambda: {"device_name": "GPU", "free_memory": free(), "total_memory": 16e9}
         )
-    before = memory.find_device()
+    before = device_memory.find_device()
     base = mx.zeros((60_000_000,), mx.float32)
     mx.eval(base)
-    after = memory.find_device()
+    after = device_memory.find_device()
     assert (before.backend, after.offers) == (backend, before.offers)
     shape = replace(QWEN_4B, weights=base.nbytes)
     first, second = (Planner(shape, device, [2640], [880], 128, 1).fit() for device in (before, after))
@@ -309,7 +311,7 @@ QWEN_4B = memory.Shape(
     [(64, 4, False), (26, 2, False), (18, 1, False), (15.5, 2, True), (12.5, 1, True), (10, None, None)],
 )
 def test_the_4b_model_takes_the_fastest_layout_that_fits(gigabytes, micro, checkpointing):
-    device = Device("cuda", "a GPU", int(gigabytes * 1e9 / memory.SHARE["cuda"]))
+    device = Device("cuda", "a GPU", int(gigabytes * 1e9 / device_memory.SHARE["cuda"]))
     plan = Planner(QWEN_4B, device, [2640, 2000], [880, 700], 128, 4).fit()
     assert (plan and plan.layout.micro, plan and plan.layout.checkpointing) == (micro, checkpointing)
 
@@ -346,7 +348,7 @@ def test_memory_decides_the_longest_example(data, tiny_base, monkeypatch):
     longest = max(length for length in lengths if length <= max(lengths) - 16)
     limit = memory.estimate(shape, Layout(1, True, 16, longest), max(targets)).total
     assert limit < memory.estimate(shape, Layout(1, True, 16, max(lengths)), max(targets)).total
-    with_memory(monkeypatch, (limit + 1000) / memory.SHARE["cpu"] / 1e6)
+    with_memory(monkeypatch, (limit + 1000) / device_memory.SHARE["cpu"] / 1e6)
     result = train_here(tiny_base, "--plan")
     assert f"sequences up to {longest} tokens" in result.output
     assert "left out whole, since they are longer than" in result.output
@@ -583,5 +585,5 @@ def test_the_wired_limit_of_a_mac_can_be_lowered(monkeypatch, given, wired):
     monkeypatch.setattr(plan.mx, "set_wired_limit", limits.append)
     monkeypatch.setattr(plan.mx, "set_cache_limit", lambda limit: None)
     options = SimpleNamespace(wired_limit_gb=given, cache_limit_gb=1.0)
-    plan.limit_cache(options, None, memory.Device("metal", "a Mac", 12_000_000_000), None, 0)
+    plan.limit_cache(options, None, Device("metal", "a Mac", 12_000_000_000), None, 0)
     assert limits == [wired]
