@@ -9,11 +9,11 @@ from pathlib import Path
 
 from .arms import Breaker
 from .errors import LoraError, first_of, one_line
-from .files import read_json, safetensors_header
+from .files import FLOATS, as_float32, read_json, safetensors_header
 from .names import module_name
 from .sources import PICKLES, WEIGHTS, Source
+from .versions import ARGS, CONFIG
 
-SIZES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes; LoRA matrices come in no other type
 MAX_ADAPTER = 8 << 30  # bytes; rank 256 on all layers of the 8B model takes 4 GB
 
 
@@ -119,7 +119,7 @@ def _read_folder(folder: Path, expected: dict, lora_scale: float | None) -> tupl
         if pickles:
             raise LoraError(f"{folder}: holds {pickles[0]} but no safetensors; pickle is never read: convert it")
         raise LoraError(f"{folder}: no {WEIGHTS[0]} or {WEIGHTS[1]}; name the folder that training wrote")
-    config_file = folder / "adapter_config.json"
+    config_file = folder / CONFIG
     if not config_file.is_file():
         raise LoraError(f"{folder}: no adapter_config.json beside {present[0].name}; without it the scale is unknown")
     config = read_json(config_file)
@@ -137,10 +137,12 @@ def _read_folder(folder: Path, expected: dict, lora_scale: float | None) -> tupl
     for other in present[1:]:
         if not _same(tensors, _read_tensors(other)[0]):
             raise LoraError(f"{folder}: {present[0].name} and {other.name} hold different adapters; copy it again")
-    both = [_config_scale(config, kind, config_file) for kind in ("mlx", "peft")]
+    scale = _mlx_scale(config, config_file)
     uniform = not (config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"))
-    if uniform and None not in both and not math.isclose(*both, rel_tol=1e-6):
-        raise LoraError(f"{config_file}: lora_parameters.scale is {both[0]:g} but lora_alpha / r is {both[1]:g}")
+    if uniform and scale is not None and {"r", "lora_alpha"} <= config.keys():
+        own = _peft_scale(config, config_file)[0]
+        if not math.isclose(scale, own, rel_tol=1e-6):
+            raise LoraError(f"{config_file}: lora_parameters.scale is {scale:g} but lora_alpha / r is {own:g}")
     digest = hashlib.sha256(f"{digest} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
     return updates, digest, _training_notes(folder) | {"config": config}
 
@@ -184,9 +186,9 @@ def _training_notes(folder: Path) -> dict:
     from .photo import MAX_IMAGE_SIZE  # Pillow: slow to import
 
     notes = {"base_fingerprint": None, "max_image_size": MAX_IMAGE_SIZE}
-    if not (folder / "training_args.json").is_file():
+    if not (folder / ARGS).is_file():
         return notes
-    trained = read_json(folder / "training_args.json")
+    trained = read_json(folder / ARGS)
     settings = trained.get("settings") if isinstance(trained.get("settings"), dict) else {}
     size = settings.get("max_image_size")
     if isinstance(size, int) and 28 <= size <= 8192:
@@ -195,7 +197,7 @@ def _training_notes(folder: Path) -> dict:
     if fingerprint is not None:
         keys = ("name", "shape", "architecture", "norms", "weights", "quantization")
         if not isinstance(fingerprint, dict) or any(key not in fingerprint for key in keys):
-            raise LoraError(f"{folder / 'training_args.json'}: base_fingerprint is damaged")
+            raise LoraError(f"{folder / ARGS}: base_fingerprint is damaged")
         notes["base_fingerprint"] = fingerprint
     return notes
 
@@ -216,16 +218,12 @@ def _read_tensors(path: Path) -> tuple[dict, str]:
     tensors, problems = {}, []
     for name, tensor in header.items():
         dtype, shape, (first, last) = tensor.get("dtype"), tensor["shape"], tensor["data_offsets"]
-        if dtype not in SIZES or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
+        if dtype not in FLOATS or len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
             problems.append(f"{name[:120]} is {dtype} {str(shape)[:60]}, not a matrix of F32, F16 or BF16")
-        elif last - first != SIZES[dtype] * shape[0] * shape[1] or start + last > len(data):
+        elif last - first != FLOATS[dtype] * shape[0] * shape[1] or start + last > len(data):
             problems.append(f"{name[:120]}: {last - first} bytes do not make {dtype} {shape}")
         else:
-            raw = np.frombuffer(data, "<u4" if dtype == "F32" else "<u2", shape[0] * shape[1], start + first)
-            if dtype == "BF16":  # the upper half of a float32
-                values = (raw.astype(np.uint32) << 16).view(np.float32)
-            else:
-                values = raw.view(np.float32 if dtype == "F32" else np.float16).astype(np.float32)
+            values = as_float32(dtype, memoryview(data)[start + first : start + last])
             if not np.isfinite(values).all():
                 problems.append(f"{name[:120]} holds NaN or infinity")
             tensors[name] = values.reshape(shape), dtype
@@ -259,7 +257,7 @@ def _pair(file: Path, tensors: dict, config: dict) -> dict:
         elif not _is_targeted(config, key, is_peft):
             problems.append(f"{module}: adapter_config.json's target_modules leaves it out")
         else:
-            scale, rank = _module_scale(file.parent / "adapter_config.json", config, key, is_peft)
+            scale, rank = _module_scale(file.parent / CONFIG, config, key, is_peft)
             if rank is not None and rank != a.shape[1]:
                 problems.append(f"{module}: rank {a.shape[1]}, but adapter_config.json says {rank}")
             updates[module] = (a, b, scale, dtype if dtype == dtype_b else "F32")
@@ -275,7 +273,7 @@ def _is_targeted(config: dict, key: str, is_peft: bool) -> bool:
     targets = config.get("target_modules")
     if not is_peft or targets is None or targets == "all-linear":
         return True
-    name = re.sub(r"\.lora_A(\.[\w-]+)?\.weight$", "", key).removeprefix("base_model.model.")
+    name = _peft_module(key)
     if isinstance(targets, str):
         try:
             return re.fullmatch(targets, name) is not None
@@ -284,42 +282,44 @@ def _is_targeted(config: dict, key: str, is_peft: bool) -> bool:
     return isinstance(targets, list) and any(name == str(t) or name.endswith(f".{t}") for t in targets)
 
 
-def _config_scale(config: dict, kind: str, path: Path) -> float | None:
-    """Return the config's one scale as mlx-vlm ("mlx") or PEFT ("peft") would take it; None when it has none."""
-    own = config.get("lora_parameters")
-    if kind == "mlx":
-        if isinstance(own, dict):
-            return _number(own.get("scale"), "lora_parameters.scale", path)
-        if "rank" in config and "alpha" in config:  # mlx-vlm's older form
-            alpha, rank = _number(config["alpha"], "alpha", path), _rank(config["rank"], "rank", path)
-            if _scale_is_unknown(config):
-                raise LoraError(
-                    f"{path}: rank {rank} and alpha {alpha:g} do not tell the scale: mlx-vlm before April 2026 meant "
-                    f"{alpha:g}, later {alpha / rank:g}; say which with --lora_scale {alpha:g} or {alpha / rank:g}"
-                )
-            return alpha
+def _peft_module(key: str) -> str:
+    return re.sub(r"\.lora_A(\.[\w-]+)?\.weight$", "", key).removeprefix("base_model.model.")
+
+
+def _mlx_scale(config: dict, path: Path) -> float | None:
+    """Return the config's scale as mlx-vlm takes it; None when it has none."""
+    if isinstance(own := config.get("lora_parameters"), dict):
+        return _number(own.get("scale"), "lora_parameters.scale", path)
+    if "rank" not in config or "alpha" not in config:  # mlx-vlm's older form
         return None
-    if "r" not in config or "lora_alpha" not in config:
-        return None
-    rank = _rank(config["r"], "r", path)
-    return _number(config["lora_alpha"], "lora_alpha", path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    alpha, rank = _number(config["alpha"], "alpha", path), _rank(config["rank"], "rank", path)
+    if _scale_is_unknown(config):
+        raise LoraError(
+            f"{path}: rank {rank} and alpha {alpha:g} do not tell the scale: mlx-vlm before April 2026 meant "
+            f"{alpha:g}, later {alpha / rank:g}; say which with --lora_scale {alpha:g} or {alpha / rank:g}"
+        )
+    return alpha
+
+
+def _peft_scale(config: dict, path: Path, module: str = "") -> tuple[float, int]:
+    """Return (scale, rank) of a module as PEFT takes them from the config."""
+    rank = _rank(_pattern(config.get("rank_pattern"), module, config.get("r")), "r", path)
+    alpha = _number(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha")), "lora_alpha", path)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
 
 
 def _module_scale(path: Path, config: dict, key: str, is_peft: bool) -> tuple[float, int | None]:
     """Return (scale, rank that the config demands or None) of one module."""
-    if not is_peft:
-        scale = _config_scale(config, "mlx", path)
-        if scale is None:
-            scale = _config_scale(config, "peft", path)
-        if scale is None:
-            raise LoraError(f"{path}: no lora_parameters.scale; without it the adapter's strength is unknown")
-        own = config.get("lora_parameters")
-        rank = own.get("rank") if isinstance(own, dict) else config.get("rank", config.get("r"))
-        return scale, _rank(rank, "rank", path) if rank is not None else None
-    name = re.sub(r"\.lora_A(\.[\w-]+)?\.weight$", "", key).removeprefix("base_model.model.")
-    rank = _rank(_pattern(config.get("rank_pattern"), name, config.get("r")), "r", path)
-    alpha = _number(_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha")), "lora_alpha", path)
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
+    if is_peft:
+        return _peft_scale(config, path, _peft_module(key))
+    scale = _mlx_scale(config, path)
+    if scale is None and not {"r", "lora_alpha"} <= config.keys():
+        raise LoraError(f"{path}: no lora_parameters.scale; without it the adapter's strength is unknown")
+    if scale is None:
+        scale = _peft_scale({name: config.get(name) for name in ("r", "lora_alpha", "use_rslora")}, path)[0]
+    own = config.get("lora_parameters")
+    rank = own.get("rank") if isinstance(own, dict) else config.get("rank", config.get("r"))
+    return scale, _rank(rank, "rank", path) if rank is not None else None
 
 
 def _pattern(patterns, name: str, default):

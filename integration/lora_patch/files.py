@@ -5,11 +5,15 @@ import os
 import struct
 import tempfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from .errors import LoraError, one_line
 
-MAX_JSON = 16 << 20  # bytes
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_JSON = 32 << 20  # bytes; a tokenizer with its vocabulary has 11 MB
+FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes, by the names of the safetensors format
 MAX_HEADER = 100_000_000  # bytes; the limit that the safetensors format itself sets
 
 
@@ -50,6 +54,15 @@ def safetensors_header(file: BinaryIO, path: Path) -> tuple[dict, int]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LoraError(f"{path}: damaged safetensors header ({one_line(error)})") from error
     return header, 8 + length
+
+
+def as_float32(dtype: str, raw: bytes | memoryview) -> "np.ndarray":
+    """Return the numbers of a tensor that a safetensors file holds as F32, F16 or BF16, as float32 [n]."""
+    import numpy as np  # slow to import
+
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[dtype]).astype("<f4", copy=False)
 
 
 def write_file(path: Path, raw: bytes) -> None:

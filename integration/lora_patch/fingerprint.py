@@ -5,12 +5,11 @@ import hashlib
 import json
 import os
 import re
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .errors import LoraError, one_line
-from .files import read_json, safetensors_header, write_file
+from .errors import LoraError
+from .files import FLOATS, as_float32, read_json, safetensors_header, write_file
 from .names import mlx_module
 
 # config fields that give the shapes and the arithmetic of the language model and the vision tower
@@ -142,7 +141,7 @@ def _hash_weights(folder: Path, shards: list[Path], config: dict) -> dict:
     for key, (dtype, shape, data) in sorted(heads.items()):
         weights.update(f"{key} {dtype} {shape}\n".encode() + data[:4096])
         if key.endswith("norm.weight"):
-            norms.update(key.encode() + _as_float32(dtype, data))
+            norms.update(key.encode() + (as_float32(dtype, data).tobytes() if dtype in FLOATS else data))
     tensors = _hash_json(sorted(digests.items()))
     return {"norms": norms.hexdigest(), "weights": weights.hexdigest(), "tensors": tensors}
 
@@ -164,7 +163,7 @@ def _hash_tensor(path: Path, start: int, tensor: dict) -> str:
         values = np.moveaxis(values, 1, -1) if shape[1] == 3 and shape[-1] != 3 else values
         shape, flat = list(values.shape), np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     found = hashlib.sha256()
-    size = {"BF16": 2, "F16": 2, "F32": 4}.get(dtype)  # bytes
+    size = FLOATS.get(dtype)
     found.update(f"{'float' if size else dtype} {shape}".encode())
     step = (1 << 22) * (size or 1)  # pieces of as many numbers, whatever the type
     for at in range(0, len(flat), step):
@@ -184,17 +183,6 @@ def _canonical(dtype: str, raw):
     return np.ascontiguousarray(wide >> 16).astype(np.uint16) if not (wide & 0xFFFF).any() else wide
 
 
-def _as_float32(dtype: str, data: bytes) -> bytes:
-    if dtype == "BF16":  # the upper half of a float32
-        wide = bytearray(2 * len(data))
-        wide[2::4], wide[3::4] = data[0::2], data[1::2]
-        return bytes(wide)
-    if dtype == "F16":
-        count = len(data) // 2
-        return struct.pack(f"<{count}f", *struct.unpack(f"<{count}e", data[: 2 * count]))
-    return data
-
-
 # -- tokenizer, chat template, image settings --------------------------------------------------------------------------
 
 
@@ -206,7 +194,7 @@ def _hash_tokenizer(folder: Path) -> str | None:
     """Return the hash of what decides which ids a text becomes, however the file is laid out."""
     file = folder / "tokenizer.json"
     if file.is_file():
-        content = _read_object(file)
+        content = read_json(file)
         model = content.get("model") if isinstance(content.get("model"), dict) else {}
         added = {str(one.get("content")): one.get("id") for one in _objects(content.get("added_tokens"))}
         # tokenizers before 0.20 wrote a merge as "a b", later ones as ["a", "b"]
@@ -227,7 +215,7 @@ def _hash_template(folder: Path) -> str | None:
         text = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     else:
         files = [folder / "chat_template.json", folder / "tokenizer_config.json"]
-        contents = [_read_object(file) for file in files if file.is_file()]
+        contents = [read_json(file) for file in files if file.is_file()]
         text = next((one["chat_template"] for one in contents if one.get("chat_template")), None)
     return _hash_json(text.strip() if isinstance(text, str) else text) if text else None
 
@@ -236,19 +224,8 @@ def _hash_image_settings(folder: Path) -> str | None:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return None
-    content = _read_object(file)
+    content = read_json(file)
     return _hash_json({key: content[key] for key in IMAGE_SETTINGS if content.get(key) is not None})
-
-
-def _read_object(file: Path) -> dict:
-    """Read a JSON object that may be larger than a configuration: a vocabulary has 11 MB."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoraError(f"{file}: cannot be read as JSON ({one_line(error)})") from error
-    if not isinstance(content, dict):
-        raise LoraError(f"{file}: a JSON object was expected")
-    return content
 
 
 # -- cache ------------------------------------------------------------------------------------------------------------
