@@ -86,17 +86,14 @@ class Installer(ServiceCode):
         self.place_import()
         if self.problems:
             raise Refusal(self.problems, self.missing, {key: lines[0] for key, lines in self.placed.items()}, self.have)
-        text = self.file.text
-        for start, end, new in reversed(sorted(self.edits, key=lambda edit: edit[0])):
-            text = text[:start] + new + text[end:]  # at one place: the last first, so that they end up in order
-        new = self.file.encode(text)
+        new = self.file.edited(self.edits)
         try:
             compile(new, str(self.path), "exec")
         except SyntaxError as error:  # our own error, but better said than written
             raise Refusal(
                 [f"{self.path}:{error.lineno}: the lines do not fit in ({error.msg})"], list(BY_HAND)
             ) from error
-        if uninstalled(new, self.path) != uninstalled(self.file.encode(self.file.text), self.path):
+        if uninstalled(new, self.path) != uninstalled(self.file.edited([]), self.path):
             raise Refusal([f"{self.path}: the lines could not be taken out again"], list(BY_HAND))
         return new
 
@@ -252,7 +249,7 @@ class Installer(ServiceCode):
     def carry_threads(self, names: set[str]) -> None:
         """Wrap what is handed to another thread and leads to the model: the thread must know its request."""
         for call in self.calls():
-            kind = self.file.source(call.func).rsplit(".", 1)[-1]
+            kind = self.file.last_name(call.func)
             if kind in ("Thread", "Timer"):
                 handed = [k.value for k in call.keywords if k.arg in ("target", "function")] or call.args[1:2]
             elif kind in ("submit", "apply_async", "start_new_thread", "start_background_task", "spawn"):
@@ -273,7 +270,7 @@ class Installer(ServiceCode):
             if node.attr == "run" and self.file.source(node.value) in apps:
                 runs.setdefault(self.file.statement(node), node.value)
         for call in self.calls():
-            if self.file.source(call.func).rsplit(".", 1)[-1] in servers:
+            if self.file.last_name(call.func) in servers:
                 for node in call.args:
                     if self.file.source(node) in apps:
                         runs.setdefault(self.file.statement(call), node)

@@ -5,7 +5,7 @@ import functools
 import re
 from pathlib import Path
 
-from .source_file import SourceFile
+from .source_file import SourceFile, parameters
 
 VERBS = ("get", "post", "put")  # methods of a view class; too common as names to follow by name
 MOST_FILES = 60  # modules of the service's own that are followed
@@ -55,7 +55,7 @@ class ServiceCode:
         """Return the variables that are assigned from a call of one of these functions or classes."""
         found = set()
         for node in self.walk(ast.Assign | ast.AnnAssign):
-            if isinstance(node.value, ast.Call) and self.file.source(node.value.func).rsplit(".", 1)[-1] in makers:
+            if isinstance(node.value, ast.Call) and self.file.last_name(node.value.func) in makers:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 found.update(self.file.source(target) for target in targets)
         return found
@@ -145,8 +145,7 @@ class ServiceCode:
         """
         fields = {"advisor": ("advisor", "advisorid"), "job": ("jobid", "xjobid", "analysisid")}[kind]
         read, named = None, None
-        parameters = [a.arg for a in (*view.args.posonlyargs, *view.args.args, *view.args.kwonlyargs)]
-        for name in parameters:
+        for name in parameters(view):
             if name.replace("_", "").lower() in fields:
                 named = name
         for node in ast.walk(view):

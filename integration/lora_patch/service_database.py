@@ -4,6 +4,7 @@ import ast
 import re
 
 from .service_code import ServiceCode
+from .source_file import parameters
 
 WRAPPERS = ("str", "Path", "fspath", "abspath", "expanduser")  # of a path that stays the same database
 DEPTH = 6  # calls that are followed back to where a parameter's value comes from
@@ -79,7 +80,7 @@ class _Finder:
             return self._name(node.id, function, depth)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
             return self._attribute_of_self(node.attr, function, depth)
-        if isinstance(node, ast.Call) and self.file.source(node.func).rsplit(".", 1)[-1] in WRAPPERS and node.args:
+        if isinstance(node, ast.Call) and self.file.last_name(node.func) in WRAPPERS and node.args:
             return self.resolve(node.args[0], function, depth)
         roots = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
         if isinstance(node, ast.Attribute | ast.Subscript | ast.BinOp | ast.Call) and roots <= self.level:
@@ -88,8 +89,7 @@ class _Finder:
 
     def _name(self, name: str, function, depth: int) -> list[str]:
         while function is not None:
-            parameters = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
-            if name in parameters:
+            if name in parameters(function):
                 return self._parameter(name, function, depth)
             for node in ast.walk(function):
                 if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
@@ -108,7 +108,7 @@ class _Finder:
         at = [a.arg for a in positional].index(name) - is_method if name in [a.arg for a in positional] else None
         found, omitted = [], False
         for call in self.code.calls():
-            if self.file.source(call.func).rsplit(".", 1)[-1] != called:
+            if self.file.last_name(call.func) != called:
                 continue
             given = [k.value for k in call.keywords if k.arg == name]
             given += call.args[at : at + 1] if at is not None and not given else []

@@ -82,6 +82,10 @@ class SourceFile:
             node = self.parents[node]
         return node
 
+    def last_name(self, node) -> str:
+        """Return the name that a function is called by, without what stands before it: Flask of flask.Flask."""
+        return self.source(node).rsplit(".", 1)[-1]
+
     def function(self, node):
         """Return the innermost function around a node, or None."""
         node = self.parents.get(node)
@@ -89,59 +93,52 @@ class SourceFile:
             node = self.parents.get(node)
         return node
 
-    def encode(self, text: bytes) -> bytes:
+    def edited(self, edits: list[tuple[int, int, bytes]]) -> bytes:
+        """Return the source with edits (from, to, replacement); those at one place in their order."""
+        text = self.text
+        for start, end, new in reversed(sorted(edits, key=lambda edit: edit[0])):
+            text = text[:start] + new + text[end:]
         return self.bom + text.decode().encode(self.encoding)
+
+
+def parameters(function) -> list[str]:
+    """Return the names of a function's parameters, *args and **kwargs left out."""
+    arguments = function.args
+    return [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
 
 
 def uninstalled(raw: bytes, path: Path) -> bytes:
     """Return a service file without our lines, whatever else was changed in it since."""
     file = SourceFile(raw, path)
-    edits = []
-
-    def ours(node, *names) -> bool:
-        return (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "lora_patch"
-            and (not names or node.attr in names)
-        )
-
-    def drop_lines(first: int, last: int) -> None:
-        edits.append((file.starts[first - 1], file.starts[last], b""))
-
-    dropped = set()
-    for node in ast.walk(file.tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        if names == ["lora_patch"]:
+    edits, lines, dropped = [], [], set()  # lines: nodes whose whole lines go
+    for node in file.nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom) and [alias.name for alias in node.names] == ["lora_patch"]:
             around = file.parents[node]
-            if isinstance(around, ast.ExceptHandler):
-                continue
-            node = around if isinstance(around, ast.Try) else node
-            drop_lines(node.lineno, node.end_lineno)
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ours(node.value.func):
-            drop_lines(node.lineno, node.end_lineno)
+            if not isinstance(around, ast.ExceptHandler):
+                lines.append(around if isinstance(around, ast.Try) else node)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _is_ours(node.value.func):
+            lines.append(node)
             dropped.add(node.value)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            for decorator in node.decorator_list:
-                if ours(decorator, "generation"):
-                    drop_lines(decorator.lineno, decorator.end_lineno)
-        elif isinstance(node, ast.Call) and ours(node.func) and node not in dropped and node.args:
+            lines += [one for one in node.decorator_list if _is_ours(one) and one.attr == "generation"]
+        elif isinstance(node, ast.Call) and _is_ours(node.func) and node not in dropped and node.args:
             (start, end), (inner, inner_end) = file.span(node), file.span(node.args[0])
-            edits.append((start, inner, b""))
-            edits.append((inner_end, end, b""))
-    text = file.text
-    for start, end, new in sorted(edits, reverse=True):
-        text = text[:start] + new + text[end:]
-    return file.encode(text)
+            edits += [(start, inner, b""), (inner_end, end, b"")]
+    edits += [(file.starts[node.lineno - 1], file.starts[node.end_lineno], b"") for node in lines]
+    return file.edited(edits)
 
 
 def inserted(raw: bytes, path: Path) -> set[str]:
     """Return which of our lines a file has (keys of BY_HAND)."""
-    tree = SourceFile(raw, path).tree
     found = set()
-    for node in ast.walk(tree):
+    for node in SourceFile(raw, path).nodes:
         if isinstance(node, ast.Import | ast.ImportFrom) and any(alias.name == "lora_patch" for alias in node.names):
             found.add("import")
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lora_patch":
+        if _is_ours(node):
             found.add(node.attr)
     return found & set(BY_HAND)
+
+
+def _is_ours(node) -> bool:
+    """Tell whether a node is lora_patch.NAME."""
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lora_patch"
