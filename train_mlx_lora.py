@@ -14,12 +14,20 @@ loss_curve.png, README.md and checkpoints/.
 import common  # noqa: F401 - first: it says "run make setup" where packages are missing
 
 # isort: split
-import functools
 from dataclasses import asdict
 
 import click
 
-from common.cli import PhaseCommand, command_line, given_options, next_step, option_group, print_settings, write_config
+from common.cli import (
+    PhaseCommand,
+    command_line,
+    given_options,
+    next_step,
+    option,
+    option_group,
+    print_settings,
+    write_config,
+)  # fmt: skip
 from common.model.lora import attach_lora
 from common.training.data import check_apart, read_data
 from common.training.distributed import join_processes
@@ -38,7 +46,6 @@ from integration.lora_patch.hub import DEFAULT_BASE
 from integration.lora_patch.photo import MAX_IMAGE_SIZE
 from integration.lora_patch.vlm import load_base
 
-option = functools.partial(click.option, show_default=True)
 COUNT, POSITIVE = click.IntRange(0), click.IntRange(1)
 
 
