@@ -166,8 +166,9 @@ class Engine:
             yield from tokens
 
     def warm_up(self, row: Row, adapter=None, logits: bool = False) -> float | None:
-        """Answer a few tokens of ``row``, so that no later answer waits for a kernel's compiler. Return the seconds; None
-        where there is no kernel. ``logits``: for answers under a grammar too.
+        """Answer a few tokens of ``row``, so that no later answer waits for a kernel's compiler; return the seconds.
+
+        None where there is no kernel. ``logits``: for answers under a grammar too.
 
         A kernel that fails here is given up for good: steps then run as plain MLX operations.
         """
