@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import click
-import jsonlines
 from tqdm import tqdm
 
 from common.errors import UserError, refuse
@@ -99,7 +98,23 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
     """Write one JSON object a line, atomically; rows may be a generator and are never held together."""
     with write_atomic(path) as file:
-        jsonlines.Writer(file, dumps=lambda row: json.dumps(row, ensure_ascii=False, allow_nan=False)).write_all(rows)
+        file.writelines(map(json_line, rows))
+
+
+def json_line(row: dict) -> str:
+    """Return a JSON object as a line, with its newline."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Append one JSON object a line, on the disk when this returns. UserError when the disk refuses."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(map(json_line, rows))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space, then run again") from error
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -171,15 +186,12 @@ class RowFile:
         problems = []
         numbered = ((at + 1, at, row) for at, row in enumerate(self._array)) if self._is_array else self._lines(label)
         for number, place, row in numbered:
-            problem = str(row) if isinstance(row, _Damage) else self._fault(row)
+            problem = str(row) if isinstance(row, _Damage) else fault(row, self.schema)
             if problem:
                 problems.append(f"{self.path}:{number}: {problem}; {self.mend}")
             elif not problems:
                 yield number, place, row
         refuse(problems)
-
-    def _fault(self, row: Any) -> str | None:
-        return fault(row, self.schema) if isinstance(row, dict) else "a JSON object was expected"
 
     def _lines(self, label: str | None) -> Iterator[tuple[int, int, Any]]:
         with self._open() as file, _progress(label, os.fstat(file.fileno()).st_size) as bar:
