@@ -37,7 +37,7 @@ from common.training.log import require_reporter
 from common.training.loop import train_loop
 from common.training.options import AUTO, NumberOrAuto, TrainingOptions
 from common.training.plan import print_plan
-from common.training.run import Run, Setup
+from common.training.run import Run
 from common.training.setup import check_resumable, device_errors, lay_out, open_folder, prepare_rows
 from common.training.signals import Stopped, StopRequest
 from common.training.watchdog import Watchdog
@@ -129,7 +129,7 @@ def train(ctx: click.Context, options: TrainingOptions, watchdog: Watchdog, stop
     attach_lora(base, options.lora_r, options.lora_alpha, options.lora_dropout, seed=options.seed)
     if options.plan:
         return print_plan(options, base, layout, *rows) if processes.first else None
-    run = watchdog.run = Run(Setup(options, processes, folder, base, fingerprint, data, *rows, layout, checkpoint))
+    run = watchdog.run = Run(options, processes, folder, base, fingerprint, data, *rows, layout, checkpoint)
     if processes.first:
         write_config(folder.path / "config.yaml", leave_out=("resume", "overwrite", "plan"))
         click.echo(run)
