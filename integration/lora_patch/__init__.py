@@ -3,7 +3,7 @@
 import importlib
 
 # what the lines in a service call, by module; imported when first asked for, so that `import lora_patch` stays light
-_HOME = dict.fromkeys(("attach", "generation", "choose", "carry", "start"), "hooks") | {"add_arguments": "flags"}
+_HOME = dict.fromkeys(("attach", "generation", "choose", "carry", "start"), "hooks") | {"add_arguments": "arguments"}
 
 
 def __getattr__(name: str):

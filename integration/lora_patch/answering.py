@@ -21,6 +21,7 @@ from .own_generation import Unknown, Wanted
 from .streams import ReaderLeft, Relay, with_text
 from .switching import Use, switched_on
 
+MOST_REQUESTS = 5000  # that wait in a queue; older ones are forgotten
 TAIL = 300  # characters of a prompt's end by which the passes of a service are told apart
 
 
@@ -33,6 +34,7 @@ class Answering:
         self.concluding = threading.Lock()
         self.counts, self.prompts = Counter(), Counter()
         self.canary = None  # a `canary.Canary`: a test that is widened by itself
+        self.requests: dict[str, tuple[dict, Scope | None]] = {}  # job's id -> its request's fields, and its scope
         self.stored: dict[str, bool] = {}  # end of a prompt -> whether its answer was the last of its job
 
     @property
@@ -75,6 +77,13 @@ class Answering:
         if scope is not None:
             scope.jobs.append(job)
         return job
+
+    def note_request(self, job_ids: list[str], fields: dict) -> None:
+        """Keep what a request said of jobs that another thread will answer, when the request is over."""
+        for job_id in job_ids:
+            self.requests[job_id] = fields, scope_of_request.get()
+        while len(self.requests) > MOST_REQUESTS:
+            self.requests.pop(next(iter(self.requests)), None)
 
     def generate(self, function, args: tuple, kwargs: dict, job: Job):
         """Run mlx_vlm.generate, or a function that returns an answer, in the job's arm; see `hooks.generation`."""
@@ -187,7 +196,7 @@ class Answering:
             try:
                 return self.adapters.own.whole(wanted, adapter, self._is_bound(call)), adapter is not None
             except Exception as error:  # what the engine cannot do, mlx-vlm may; else its error is the service's
-                self.adapters.own.leave_to_mlx_vlm(call, f"the engine failed ({one_line(error)})")
+                self._engine_failed(call, error)
         with switched_on(use):
             result = call.function(*call.args, **call.kwargs)
         return result, bool(use and use.happened)
@@ -214,8 +223,11 @@ class Answering:
             except Exception as error:
                 if begun:
                     raise
-                self.adapters.own.leave_to_mlx_vlm(call, f"the engine failed ({one_line(error)})")
+                self._engine_failed(call, error)
         yield from call.function(*call.args, **call.kwargs)
+
+    def _engine_failed(self, call: Call, error: Exception) -> None:
+        self.adapters.own.leave_to_mlx_vlm(call, f"the engine failed ({type(error).__name__})", one_line(error))
 
     def _understood(self, call: Call, adapter: Adapter | None) -> Wanted | None:
         """Return what this package's own generation is to answer; None where mlx-vlm's is."""

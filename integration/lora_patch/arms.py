@@ -102,8 +102,10 @@ class Scope:
 
     jobs: list = field(default_factory=list)
     is_open: bool = True  # more answers may come
+    found: Job | None = None  # made from the request's fields, where the view chose none
 
 
 scope_of_request = contextvars.ContextVar("lora_patch_scope", default=None)
 is_carried = contextvars.ContextVar("lora_patch_carried", default=False)  # in a thread that answers for a request
+fields_of_request = contextvars.ContextVar("lora_patch_fields", default=None)  # what it says, for its threads
 job_of_request = contextvars.ContextVar("lora_patch_job", default=None)

@@ -9,7 +9,7 @@ import sys
 import threading
 
 from .answering import Answering
-from .arms import Job, is_carried, job_of_request, scope_of_request
+from .arms import REQUEST_MODES, Job, fields_of_request, is_carried, job_of_request, scope_of_request
 from .calls import sweep_photos
 from .errors import LoraError, one_line
 from .flags import flags
@@ -18,14 +18,14 @@ from .jobs import Recorder
 from .log import say
 from .routes import Routes, request_fields
 from .sources import EVERYONE
-from .switching import within
+from .switching import is_switchable, within
 
 service = Answering(AdaptersInUse(), Recorder())  # of this process; unused without our flags
 
 
 def attach(loaded, name: str | os.PathLike | None = None):
     """Prepare what mlx_vlm.load(name) returned, (model, processor, ...), for the adapters; returns it."""
-    if flags.is_on:
+    if flags.is_on and loaded[0] is not service.adapters.model:  # the call itself may have been followed at run time
         try:
             service.adapters.adopt(loaded[0], loaded[1] if len(loaded) > 1 else None, name)
         except LoraError as error:
@@ -41,16 +41,28 @@ def generation(function):
     To be put around the function where it is called, so that it is our lock that is taken last and released first,
     whatever locks the service has. It also decorates a function of the service's own that returns an answer.
     """
+    if hasattr(function, "lora_patch"):
+        return function
 
     @functools.wraps(function)
     def answer(*args, **kwargs):
-        if not flags.is_on or within.get():
+        if not flags.is_on or within.get() or _asks_another_model(function, args, kwargs):
             return function(*args, **kwargs)
         if inspect.isgeneratorfunction(inspect.unwrap(function)):
             return _stream(function, args, kwargs)
         return service.generate(function, args, kwargs, _current_job())
 
+    answer.lora_patch = True
     return answer
+
+
+def _asks_another_model(function, args: tuple, kwargs: dict) -> bool:
+    """Tell whether mlx_vlm is asked with a model that no adapter is for: a service may have a second one."""
+    model = args[0] if args else kwargs.get("model")
+    served = service.adapters.model
+    if served is None or model is served or not (function.__module__ or "").startswith("mlx_vlm"):
+        return False
+    return hasattr(model, "named_modules") and not is_switchable(model)
 
 
 def _refuse_to_start(error: LoraError):
@@ -69,10 +81,21 @@ def _stream(function, args: tuple, kwargs: dict):
     yield from service.stream(function, args, kwargs, _current_job())  # chosen with the first piece, not before
 
 
-def choose(job_id=None, advisor=None) -> None:
-    """Say, before the model is asked, which job this is and whose voice it wants: that decides its arm."""
+def choose(job_id=None, advisor=None, mode=None) -> None:
+    """Say, before the model is asked, which job this is and whose voice it wants: that decides its arm.
+
+    ``mode`` is what a queue says of the job. The request itself may have said nothing, and the service have filled in
+    its own default: a mode of the base is taken from the request alone.
+    """
     if flags.is_on:
         fields = request_fields()
+        if not fields:
+            fields, scope = service.requests.pop(str(job_id), ({}, None))
+            last = scope_of_request.get()
+            if scope is not None or (last is not None and not last.is_open):
+                scope_of_request.set(scope)
+        if not fields and REQUEST_MODES.get(str(mode).lower(), "base") != "base":
+            fields = {"mode": mode}
         job = service.choose(job_id or fields.get("job_id"), advisor or fields.get("advisor"), fields)
         job_of_request.set(job)
 
@@ -81,8 +104,14 @@ def _current_job() -> Job:
     """Return the job that `choose` was called for; without such a call, one made from the request's own fields."""
     if (job := job_of_request.get()) is not None:
         return job
-    fields = request_fields()
-    return service.choose(fields.get("job_id"), fields.get("advisor"), fields)
+    scope = scope_of_request.get()
+    if scope is not None and scope.found is not None:
+        return scope.found
+    fields = request_fields() or fields_of_request.get() or {}
+    job = service.choose(fields.get("job_id"), fields.get("advisor"), fields)
+    if scope is not None:
+        scope.found = job
+    return job
 
 
 def carry(function):

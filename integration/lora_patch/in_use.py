@@ -96,6 +96,9 @@ class AdaptersInUse:
     def adopt(self, model, processor, name: str | None) -> None:
         """Take over the model that the service has just loaded and prepare it for the adapters."""
         self.begin()
+        if self.model is not None and self._is_no_model_for_them(model):
+            say(logging.INFO, f"{name}: a second model, which the adapters are not for; it answers as it is")
+            return
         self.model = model
         self.own.adopt(model, processor, name)
         self.base_name = name or self.base_name
@@ -103,6 +106,14 @@ class AdaptersInUse:
             self.fit(self.table)
         except LoraError as error:
             self.fail(error)
+
+    def _is_no_model_for_them(self, model) -> bool:
+        try:
+            for adapter in distinct(self.table):
+                make_switchable(model, adapter)
+        except LoraError:
+            return True
+        return False
 
     def begin(self) -> None:
         """Load once; a thread of the service's that loads the model early may come before `start`, or beside it."""

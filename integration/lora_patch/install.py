@@ -34,14 +34,14 @@ def install(service: Path, check: bool, uninstall: bool, database: str | None = 
     if uninstall:
         _uninstall(service, raw, bool(have), check)
         return
-    if have >= set(BY_HAND):
+    installer = Installer(raw, service, _expression(database))
+    new = raw if have >= set(BY_HAND) else installer.plan()
+    if new == raw:  # a service needs fewer lines where modules of its own load the model and ask it
         if not check and _place_package(path.parent):
             print(f"{service}: installed already; lora_patch/ beside it brought up to date")
         else:
             print(f"{service}: installed already, nothing to do")
         return
-    installer = Installer(raw, service, _expression(database))
-    new = installer.plan()
     lines = sum(map(len, installer.placed.values()))
     if check:
         print(
@@ -91,12 +91,15 @@ def _uninstall(service: Path, raw: bytes, have: bool, check: bool) -> None:
     write_file(path, old)
     if as_before:
         backup.unlink()
+    left = ""
     if _is_current(folder):
         shutil.rmtree(folder)
+    elif (folder / "hooks.py").is_file():
+        left = f"; {folder} is of another version of the package and stays: remove it by hand"
     if _is_single_file(single):
         single.unlink()
     kept = "byte for byte as it was" if as_before else f"lines taken out, your later changes kept ({backup.name} stays)"
-    print(f"{service}: {kept}")
+    print(f"{service}: {kept}{left}")
 
 
 # -- the folder beside the service ------------------------------------------------------------------------------------

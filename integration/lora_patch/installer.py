@@ -1,12 +1,12 @@
 """Find the places for our lines in a service file by its syntax tree, and insert them; no other byte changes."""
 
 import ast
-import re
 from pathlib import Path
 
 from .flags import NAMES
 from .service_code import ServiceCode
 from .service_database import jobs_databases, speaks_of_jobs
+from .service_workers import worker_places, workers
 from .source_file import BY_HAND, Refusal, inserted, uninstalled
 
 
@@ -142,8 +142,8 @@ class Installer(ServiceCode):
         }
         if len(known) > 1:
             known = [c for c in known if self.file.source(c.func.value) in with_model] or known
-        if not known:
-            self.problem(None, "no parser.parse_args() found", "add_arguments")
+        if not known or self.loads_at_import():
+            self.place_own_arguments()
             return
         if len(known) > 1 and len({(self.file.function(c), self.file.source(c.func.value)) for c in known}) > 1:
             self.problem(known[0], "several parsers; which one is the service's is not clear", "add_arguments")
@@ -155,10 +155,46 @@ class Installer(ServiceCode):
         if not plain or not self.line_before("add_arguments", statement, text):
             self.wrap("add_arguments", receiver, "add_arguments")
 
+    def loads_at_import(self) -> bool:
+        """Tell whether a module of its own loads the model when it is imported: our flags must be known by then."""
+        for file in self.using_modules("load"):
+            code = ServiceCode(file.read_bytes(), file)
+            if any(code.file.function(call) is None for call in code.loads):
+                return True
+            at_import = {code.file.source(c.func).split(".")[0] for c in code.calls() if code.file.function(c) is None}
+            classes = {getattr(code.file.parents.get(code.file.function(call)), "name", None) for call in code.loads}
+            if at_import & (classes | {code.file.function(call).name for call in code.loads}):
+                return True
+        return False
+
+    def place_own_arguments(self) -> None:
+        """Put the import and the flags first of all: nobody parses them here, so they are taken from sys.argv."""
+        if "add_arguments" in self.have:
+            return
+        body = self.file.tree.body
+        first = next((s for s in body if not self.is_docstring(s) and not self.is_future(s)), None)
+        if first is None or self.file.indent(first) is None:
+            self.problem(first, "no place for the flags found", "add_arguments")
+            return
+        lines = [] if "import" in self.have else self.import_lines()
+        end = self.file.end_of_line(first.lineno).decode()
+        self.line_before("add_arguments", first, end.join([*lines, "lora_patch.add_arguments()"]))
+        if lines:
+            self.placed["import"] = self.placed["add_arguments"]
+        self.notes.append("the flags are taken out of the command line before the service sees it: --help omits them")
+
+    @staticmethod
+    def is_docstring(statement) -> bool:
+        return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+    @staticmethod
+    def is_future(statement) -> bool:
+        return isinstance(statement, ast.ImportFrom) and statement.module == "__future__"
+
     def place_attach(self) -> None:
         self.loaders, simple_target = [], (ast.Name, ast.Attribute, ast.Subscript)
-        if not self.loads:
-            self.problem(None, f"no call of mlx_vlm.load found{self.elsewhere()}", "attach")
+        if not self.loads and not self.is_done_at_run_time("load", "loaded"):
+            self.problem(None, "no call of mlx_vlm.load found", "attach")
         for call in self.loads:
             self.loaders.append(self.file.function(call))
             model = call.args[0] if call.args and not isinstance(call.args[0], ast.Starred) else None
@@ -176,11 +212,15 @@ class Installer(ServiceCode):
                     continue
             self.wrap("attach", call, "attach", name)
 
+    def is_done_at_run_time(self, function: str, done: str) -> bool:
+        """Tell whether modules of the service's own call this function of mlx_vlm: no line is needed for that."""
+        if files := self.using_modules(function):
+            self.notes.append(f"the model is {done} in {', '.join(map(str, files))}: followed there at run time")
+        return bool(files)
+
     def place_generation(self) -> None:
-        if not self.asking and not self.decorable:
-            self.problem(
-                None, f"no call of mlx_vlm.generate and no run_model_mlx found{self.elsewhere()}", "generation"
-            )
+        if not self.asking and not self.decorable and not self.is_done_at_run_time("generate", "asked"):
+            self.problem(None, "no call of mlx_vlm.generate and no run_model_mlx found", "generation")
         for function in [*self.decorable, *filter(None, map(self.file.function, self.asking))]:
             if isinstance(function, ast.AsyncFunctionDef):
                 self.problem(
@@ -189,20 +229,19 @@ class Installer(ServiceCode):
         for function in self.decorable:
             self.line_before("generation", function, "@lora_patch.generation")
 
-    def elsewhere(self) -> str:
-        """Name the modules of the service's own that use mlx_vlm in its place: the lines belong there."""
-        imports = [("." * getattr(node, "level", 0) + (getattr(node, "module", None) or ""), alias.name)
-                   for node in self.walk(ast.Import | ast.ImportFrom) for alias in node.names]  # fmt: skip
-        files = self.closure([f for module, name in imports for f in self.own_modules(self.path, module or name)])
-        using = [str(file) for file in files if re.search(r"\bmlx_vlm\b", self.text_of(file))]
-        return f"; the line belongs into {', '.join(using)}" if using else ""
-
     def place_choose(self) -> None:
         names = self.reaching()
+        taking = workers(self, names)
+        names -= taking
+        places = worker_places(self, self.reaching()) if taking else []
         views = [f for f in self.functions() if any("analy" in path for path in self.routes(f))]
         views = [f for f in views if self.leads(f, names - {f.name})]
-        if not views:
-            self.problem(None, "no view of /analyze found that leads to the model", "choose")
+        if not views and not places:
+            self.look_for_views()
+        for statement, said in places:
+            given = ", ".join(f"{field}={value}" for field, value in said.items())
+            if not self.line_before("choose", statement, f"lora_patch.choose({given})"):
+                self.problem(statement, "shares its line with other code", "choose")
         for view in views:
             if isinstance(view, ast.AsyncFunctionDef):
                 self.problem(view, f"{view.name} is async; the request's arm cannot be kept", "choose")
@@ -211,6 +250,17 @@ class Installer(ServiceCode):
         self.carry_threads(names)
         for node in self.asking:
             self.wrap("generation", node, "generation")
+
+    def look_for_views(self) -> None:
+        """Note that a module of the service's own has the view: there the request's fields are read at run time."""
+        for file in self.imported_files():
+            code = ServiceCode(file.read_bytes(), file)
+            if any("analy" in path for function in code.functions() for path in code.routes(function)):
+                self.notes.append(
+                    f"the view of /analyze is in {file}: the request's fields advisor and job_id are used"
+                )
+                return
+        self.problem(None, "no view of /analyze found that leads to the model", "choose")
 
     def choose_in(self, view, names: set[str]) -> None:
         """Insert the line before the first statement of the view that leads to the model, with the view's own names."""
@@ -265,9 +315,11 @@ class Installer(ServiceCode):
     def place_start(self) -> None:
         apps = self.made_by("Flask", "create_app", "make_app", "build_app") or {"app", "application"}
         servers = ("serve", "run", "run_simple", "make_server", "WSGIServer", "serve_forever")
+        factories = {"create_app", "make_app", "build_app"} | {f.name for f in self.functions() if self.is_factory(f)}
         runs = {}  # statement -> where the app stands in it
-        for node in self.walk(ast.Attribute):  # app.run(...), or Thread(target=app.run)
-            if node.attr == "run" and self.file.source(node.value) in apps:
+        for node in self.walk(ast.Attribute):  # app.run(...), or Thread(target=app.run), or create_app().run(...)
+            made = isinstance(node.value, ast.Call) and self.file.source(node.value.func) in factories
+            if node.attr == "run" and (made or self.file.source(node.value) in apps):
                 runs.setdefault(self.file.statement(node), node.value)
         for call in self.calls():
             if self.file.last_name(call.func) in servers:
@@ -283,7 +335,10 @@ class Installer(ServiceCode):
         if database := self.database or self.find_database():
             more += f", db_path={database}"
         for statement, app in runs.items():
-            if not self.line_before("start", statement, f"lora_patch.start({self.file.source(app)}{more})"):
+            named = isinstance(app, ast.Name | ast.Attribute)
+            if not named or not self.line_before(
+                "start", statement, f"lora_patch.start({self.file.source(app)}{more})"
+            ):
                 self.wrap("start", app, "start", more)
 
     def find_database(self) -> str | None:
@@ -294,7 +349,15 @@ class Installer(ServiceCode):
                          "expression of the service (--db DB_PATH) or a path", "start")  # fmt: skip
         return found[0] if len(found) == 1 else None
 
+    def import_lines(self) -> list[str]:
+        package = self.package()
+        if package is None:
+            return ["import lora_patch"]
+        return ["try:", "    import lora_patch", "except ImportError:", f"    from {package} import lora_patch"]
+
     def place_import(self) -> None:
+        if "import" in self.placed:
+            return
         body = self.file.tree.body
         first_edit = min((start for start, _, _ in self.edits), default=len(self.file.text))
         last = None
@@ -303,18 +366,14 @@ class Installer(ServiceCode):
                 break
             if isinstance(statement, ast.Import | ast.ImportFrom):
                 last = statement
-        package = self.package()
-        if package is None:
-            lines = ["import lora_patch"]
-        else:
-            lines = ["try:", "    import lora_patch", "except ImportError:", f"    from {package} import lora_patch"]
+        lines = self.import_lines()
         if last is not None:
             end = self.file.end_of_line(last.end_lineno).decode()
             if self.line_after("import", last, end.join(lines)):
                 return
-        documented = body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+        documented = body and self.is_docstring(body[0])
         anchor = body[1] if documented and len(body) > 1 else body[0] if body else None
-        if anchor is not None and not (isinstance(anchor, ast.ImportFrom) and anchor.module == "__future__"):
+        if anchor is not None and not self.is_future(anchor):
             end = self.file.end_of_line(anchor.lineno).decode()
             if self.line_before("import", anchor, end.join(lines)):
                 return

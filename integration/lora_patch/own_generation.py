@@ -247,12 +247,12 @@ class OwnGeneration:
         self._grammars[text] = found
         return found
 
-    def leave_to_mlx_vlm(self, call: Call, reason: str) -> None:
+    def leave_to_mlx_vlm(self, call: Call, reason: str, detail: str = "") -> None:
         """Count a fallback, and break up names of special tokens in the user's text: mlx-vlm takes them for tokens.
 
-        This package's own generation encodes them as text.
+        This package's own generation encodes them as text. ``detail`` is logged and not counted: it may name a file.
         """
-        self._say(reason)
+        self._say(reason, detail)
         self.fallbacks[reason] += 1
         if self.base is None or not isinstance(call.prompt, str):
             return
@@ -290,7 +290,7 @@ class OwnGeneration:
         photos = [load_image(photo) for photo in wanted.photos]
         return vlm.prepare_row(self.base, vlm.encode(self.base, wanted.text, photos))
 
-    def _say(self, reason: str) -> None:
+    def _say(self, reason: str, detail: str = "") -> None:
         if reason not in self.fallbacks:
-            say(logging.INFO, f"answered by mlx-vlm's own generation: {reason}")
+            say(logging.INFO, f"answered by mlx-vlm's own generation: {reason}{detail and f': {detail}'}")
             self.fallbacks[reason] += 0

@@ -36,7 +36,8 @@ class ServiceCode:
             if self.file.source(node).replace(" ", "") in names and not isinstance(node.ctx, ast.Store)
             if isinstance(self.file.parents[node], ast.Call | ast.keyword)
         ]
-        self.decorable = [f for f in self.functions() if f.name == "run_model_mlx"] if not self.asking else []
+        answers = [f for f in self.functions() if f.name == "run_model_mlx"]
+        self.decorable = answers if not self.asking and not self.using_modules("generate") else []
         self.generating = {f.name for f in self.decorable}
         self.generating |= {f.name for n in self.asking if (f := self.file.function(n))}
         self.generating -= set(VERBS)
@@ -73,6 +74,12 @@ class ServiceCode:
                 elif isinstance(node, ast.Import) and alias.name.split(".")[0] == "mlx_vlm":
                     names.update(f"{alias.asname or alias.name}.{name}" for name in wanted)
                     names.update(f"mlx_vlm.{part}{name}" for part in ("", "utils.", "generate.") for name in wanted)
+        for node in self.walk(ast.Assign):  # vlm = importlib.import_module("mlx_vlm")
+            made = isinstance(node.value, ast.Call) and re.search(
+                r"(import_module|__import__)$", self.file.source(node.value.func)
+            )
+            if made and self.constant(node.value, "name") == "mlx_vlm":
+                names.update(f"{self.file.source(target)}.{name}" for target in node.targets for name in wanted)
         return names
 
     def calls_of(self, wanted: set[str]) -> list:
@@ -94,12 +101,13 @@ class ServiceCode:
             if routes and call.func.attr in ("route", "get", "post", "put"):
                 paths.append(self.constant(call, "rule"))
         around = self.file.parents.get(function)
-        is_method = isinstance(around, ast.ClassDef) and function.name in VERBS
+        in_class = isinstance(around, ast.ClassDef)
+        is_method = in_class and function.name in VERBS
         name = around.name if is_method else function.name
         for call in self.calls():
             if isinstance(call.func, ast.Attribute) and call.func.attr == "add_url_rule":
                 named = [*call.args[2:3], *(k.value for k in call.keywords if k.arg == "view_func")]
-                whole = (name, f"{name}.as_view") if is_method else (name,)
+                whole = (name, f"{name}.as_view") if is_method else (f"self.{name}",) if in_class else (name,)
                 if any(self.file.source(getattr(node, "func", node)) in whole for node in named):
                     paths.append(self.constant(call, "rule"))
             given = [self.file.source(node) for node in call.args[:1]]  # flask-restful's api.add_resource(Class, path)
@@ -122,6 +130,9 @@ class ServiceCode:
         while True:
             more = {f.name for f in self.functions() if f.name not in names and self.mentions(f) & names} - set(VERBS)
             more -= {f.name for f in self.functions() if self.is_factory(f)}
+            if "__call__" in more:  # backend = Backend(); backend(prompt)
+                callable_ = [self.file.parents[f] for f in self.functions() if f.name == "__call__"]
+                more |= self.made_by(*(around.name for around in callable_ if isinstance(around, ast.ClassDef)))
             if not more:
                 return names
             names |= more
@@ -220,16 +231,31 @@ class ServiceCode:
 
     def leading_imports(self) -> set[str]:
         """Return the names that the file imports from modules of its own that ask the model, however far behind."""
-        found = set()
+        return {
+            alias.asname or alias.name.split(".")[0]
+            for alias, files in self.imports()
+            if any(self.asks_model(file) for file in self.closure(files))
+        }
+
+    def imports(self) -> list[tuple]:
+        """Return (name imported, files of the service's own that it may mean) of each import."""
+        found = []
         for node in self.walk(ast.Import | ast.ImportFrom):
             module = "." * getattr(node, "level", 0) + (getattr(node, "module", None) or "")
             for alias in node.names:
-                files = self.own_modules(self.path, module or alias.name) + (
-                    self.own_modules(self.path, f"{module}.{alias.name}") if module else []
-                )
-                if any(self.asks_model(file) for file in self.closure(files)):
-                    found.add(alias.asname or alias.name.split(".")[0])
+                inner = f"{module}{'' if module.endswith('.') else '.'}{alias.name}" if module else alias.name
+                files = self.own_modules(self.path, module) if module else []
+                found.append((alias, [*files, *self.own_modules(self.path, inner)]))
         return found
+
+    def imported_files(self) -> list[Path]:
+        """Return the modules of the service's own that it imports, however far behind."""
+        return self.closure([file for _, files in self.imports() for file in files])
+
+    def using_modules(self, function: str) -> list[Path]:
+        """Return those among them that use this function of mlx_vlm (or stream_generate, for generate)."""
+        texts = ((file, self.text_of(file)) for file in self.imported_files())
+        return [f for f, text in texts if re.search(r"\bmlx_vlm\b", text) and re.search(rf"(\b|_){function}\b", text)]
 
     @staticmethod
     def own_modules(importer: Path, module: str) -> list[Path]:

@@ -56,6 +56,11 @@ def make_switchable(model, adapter: Adapter) -> None:
             module.__class__ = _switched(type(module))
 
 
+def is_switchable(model) -> bool:
+    """Tell whether an adapter can be switched on in some layer of ``model``."""
+    return any(hasattr(type(module), "switched_from") for _, module in model.named_modules())
+
+
 class switched_on:
     """Within it, the model answers with a `Use`, or as the base (None)."""
 

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from integration.lora_patch.flags import Flags, add_arguments
+from integration.lora_patch.arguments import add_arguments
+from integration.lora_patch.flags import Flags
 from integration.lora_patch.jobs import COLUMNS
 from tests.standin.running import ROOT, STANDIN, deploy, free_port, make_adapter
 

@@ -326,6 +326,41 @@ SHAPES = {
         changed("args = parser.parse_args()", "args, unknown = parser.parse_known_args()"),
         "lora_patch.add_arguments(parser)\nargs, unknown",
     ),
+    "no parser": (
+        changed("args = parser.parse_args()", "args = options"),
+        '"""\n\nimport lora_patch\nlora_patch.add_arguments()\nimport argparse\n',
+    ),
+    "a method of the service's class": (
+        changed('@app.route("/analyze", methods=["POST"])\ndef analyze():', "def respond():").replace(
+            'if __name__ == "__main__":\n',
+            "class Service:\n    def __init__(self):\n        app.add_url_rule('/analyze', 'analyze', self.analyze)\n\n"
+            "    def analyze(self):\n        advisor = request.form['advisor']\n"
+            '        return jsonify(run_model_mlx(advisor))\n\n\nif __name__ == "__main__":\n',
+        ),
+        "        lora_patch.choose(advisor=advisor)\n        return jsonify(run_model_mlx(advisor))",
+    ),
+    "a module by its name": (
+        changed("import mlx_vlm\n", 'import importlib\n\nmlx_vlm = importlib.import_module("mlx_vlm")\n').replace(
+            "from mlx_vlm.prompt_utils import apply_chat_template\n", "apply_chat_template = print\n"
+        ),
+        "output = lora_patch.generation(mlx_vlm.generate)(",
+    ),
+    "an object that is called": (
+        changed(
+            "response = run_model_mlx(prompt, image_path=str(image_path))", "response = backend(prompt, image_path)"
+        ).replace(
+            "def get_prompts(",
+            "class Backend:\n    def __call__(self, *given):\n        return run_model_mlx(*given)"
+            "\n\n\nbackend = Backend()\n\n\ndef get_prompts(",
+        ),
+        "lora_patch.choose(job_id=job_id, advisor=advisor)",
+    ),
+    "an app that is made where it runs": (
+        changed("app = Flask(__name__)", "app = Flask(__name__)\n\n\ndef create_app():\n    return app").replace(
+            "    app.run(host", "    create_app().run(host"
+        ),
+        "    lora_patch.start(create_app(), get_mlx_model, db_path=DB_PATH).run(host",
+    ),
     "all in one line": (
         changed("args = parser.parse_args()", "if True: args = parser.parse_args()"),
         "if True: args = lora_patch.add_arguments(parser).parse_args()",
@@ -401,7 +436,6 @@ def test_other_shapes_of_the_service(shape, tmp_path):
 
 REFUSED = {
     "a syntax error": (changed("def run_model_mlx(", "def run_model_mlx(("), ":72: not valid Python"),
-    "no parser": (changed("args = parser.parse_args()", "args = options"), "no parser.parse_args() found"),
     "no loading": (changed("mlx_vlm.load(MLX_MODEL)", "loader()"), "no call of mlx_vlm.load found"),
     "no generation": (
         TEXT.replace("mlx_vlm.generate(", "ask(").replace("run_model_mlx", "run_model"),
@@ -443,7 +477,7 @@ REFUSED = {
         ),
         "which database holds the jobs is not clear (OLD, DB_PATH); name it with --db",
     ),
-    "an empty file": ("", "no parser.parse_args() found"),
+    "an empty file": ("", "no call of mlx_vlm.load found"),
     "NUL bytes": (TEXT.replace("PORT = ", "\0PORT = "), "not valid Python"),
 }
 
@@ -586,10 +620,92 @@ def test_the_view_behind_a_package_of_strategies_is_found(tmp_path):
     )
 
 
-def test_a_model_that_is_asked_in_another_module_is_named(tmp_path):
-    file = with_strategies(tmp_path, "import mlx_vlm\n\nmlx_vlm.generate()\n")
-    file.write_text(file.read_text().replace("mlx_vlm.generate(", "ask(").replace("run_model_mlx", "run_model"))
+def test_a_model_that_is_loaded_and_asked_in_another_module_needs_no_line_for_it(tmp_path):
+    file = with_strategies(tmp_path, "import mlx_vlm\n\nmodel = mlx_vlm.load\nmlx_vlm.generate()\n")
+    file.write_text(
+        file.read_text()
+        .replace("mlx_vlm.generate(", "ask(")
+        .replace("mlx_vlm.load(", "load(")
+        .replace("run_model_mlx", "run_model")
+    )
+    before = file.read_text()
     done = patch_command("install", "--service", file)
-    assert done.returncode == 1
-    where = f"the line belongs into {file.parent / 'strategies' / 'lora.py'}"
-    assert f"no call of mlx_vlm.generate and no run_model_mlx found; {where}" in done.stderr
+    assert done.returncode == 0, done.stderr
+    strategy = file.parent / "strategies" / "lora.py"
+    assert f"note: the model is loaded in {strategy}: followed there at run time\n" in done.stdout
+    assert f"note: the model is asked in {strategy}: followed there at run time\n" in done.stdout
+    after = file.read_text()
+    assert "lora_patch.choose(job_id=job_id, advisor=advisor)\n" in after and "lora_patch.generation" not in after
+    again = patch_command("install", "--service", file)
+    assert "installed already, nothing to do" in again.stdout and file.read_text() == after
+    assert patch_command("install", "--service", file, "--uninstall").returncode == 0 and file.read_text() == before
+
+
+def test_flags_are_known_before_a_module_loads_the_model_at_its_import(tmp_path):
+    (tmp_path / "manager.py").write_text(
+        "from mlx_vlm import load\n\n\nclass Manager:\n    def __init__(self):\n        self.loaded = load('x')\n\n\n"
+        "manager = Manager()\n"
+    )
+    content = changed("import mlx_vlm\n", "import mlx_vlm\nfrom manager import manager\n")
+    file, said = installed(tmp_path, content)
+    assert "import lora_patch\nlora_patch.add_arguments()\nimport argparse\n" in file.read_text()
+    assert "--help omits them" in said
+
+
+WORKERS = {  # a view that only puts a job into a queue, and what takes it out -> the line there
+    "dictionaries": (
+        "work.put({'job_id': job_id, 'advisor': advisor, 'path': image_path, 'mode': mode})",
+        "def worker():\n    while True:\n        job = work.get()\n        try:\n"
+        "            run_model_mlx(job['advisor'], job['path'])\n        finally:\n            work.task_done()\n",
+        "            lora_patch.choose(job_id=job['job_id'], advisor=job['advisor'], mode=job['mode'])\n"
+        "            run_model_mlx(",
+    ),
+    "tuples": (
+        "work.put((job_id, advisor, image_path))",
+        "def worker():\n    while True:\n        job_id, advisor, path = work.get()\n"
+        "        run_model_mlx(advisor, path)\n",
+        "        lora_patch.choose(job_id=job_id, advisor=advisor)\n        run_model_mlx(advisor, path)\n",
+    ),
+    "a dataclass, and a function between": (
+        "work.put(Work(job_id, advisor, image_path))",
+        "class Work:\n    analysis_id: str\n    advisor: str\n    path: Path\n\n\ndef judge(one):\n"
+        "    return run_model_mlx(one.advisor, one.path)\n\n\ndef worker():\n    for one in iter(work.get, None):\n"
+        "        judge(one)\n",
+        "    lora_patch.choose(job_id=one.analysis_id, advisor=one.advisor)\n    return run_model_mlx(one.advisor",
+    ),
+    "rows of the table, read again and again": (
+        "None",
+        "def judge(row):\n    return run_model_mlx(row['advisor'], row['filename']), row['id']\n\n\ndef poll():\n"
+        "    while True:\n        for row in sqlite3.connect(DB_PATH).execute('SELECT * FROM jobs'):\n"
+        "            judge(row)\n",
+        "    lora_patch.choose(job_id=row['id'], advisor=row['advisor'])\n    return run_model_mlx(row['advisor']",
+    ),
+    "a thread class": (
+        "work.put(advisor)",
+        "class Worker(threading.Thread):\n    def run(self):\n        while True:\n            advisor = work.get()\n"
+        "            run_model_mlx(advisor)\n\n\nworker = Worker()\n",
+        "            lora_patch.choose(advisor=advisor)\n            run_model_mlx(advisor)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WORKERS)
+def test_the_worker_behind_a_queue_is_found(kind, tmp_path):
+    put, worker, expected = WORKERS[kind]
+    content = changed("response = run_model_mlx(prompt, image_path=str(image_path))", f"response = {put}")
+    content = content.replace('if __name__ == "__main__":\n', f'{worker}\n\nif __name__ == "__main__":\n')
+    file, _ = installed(tmp_path, content)
+    assert expected in file.read_text() and file.read_text().count("lora_patch.choose(") == 1
+    assert "lora_patch.carry" not in file.read_text()  # a worker outlives the request that started it
+    assert patch_command("install", "--service", file, "--uninstall").returncode == 0
+    assert file.read_text() == content
+
+
+def test_a_view_in_another_module_is_noted(tmp_path):
+    (tmp_path / "views.py").write_text("@bp.route('/analyze')\ndef analyze():\n    pass\n")
+    content = changed('@app.route("/analyze"', '@app.route("/judge"').replace(
+        "import mlx_vlm\n", "import mlx_vlm, views\n"
+    )
+    file, said = installed(tmp_path, content)
+    assert f"note: the view of /analyze is in {tmp_path / 'views.py'}: the request's fields advisor and job_id" in said
+    assert "lora_patch.choose" not in file.read_text()

@@ -207,7 +207,7 @@ def test_what_the_engine_fails_at_is_left_to_mlx_vlm(function, service, loaded, 
     prompt, how = formatted(loaded, "What is there?"), {"max_tokens": 2, "temperature": 0.0}
     ask(function, "fine_tuned", *loaded, prompt, [photo], **how)
     assert job_of_request.get().model_used == "fine_tuned" and job_of_request.get().problem is None
-    assert dict(service.adapters.own.fallbacks) == {"the engine failed (division by zero)": 1}
+    assert dict(service.adapters.own.fallbacks) == {"the engine failed (ZeroDivisionError)": 1}
     with pytest.raises(ValueError, match="Failed to load image"):  # the service's own error, as without the engine
         ask(function, "base", *loaded, prompt, ["/nowhere.jpg"], **how)
 

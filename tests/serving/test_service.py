@@ -15,7 +15,7 @@ from PIL import Image
 from common.release.promotion import rollback
 from integration.lora_patch.photo import load_photo
 from tests.sample.make_tree import sample_prompt
-from tests.standin.running import STANDIN, VARIANTS, RunningService, deploy, make_adapter
+from tests.standin.running import MODULES, STANDIN, VARIANTS, RunningService, deploy, make_adapter
 
 MAX_TOKENS = 4
 ANSWERING = ("--max_tokens", str(MAX_TOKENS))
@@ -393,10 +393,52 @@ def test_other_services_of_the_family(source, tmp_path, tiny_base, sample_tree, 
             prepared = "as it is" if arm == "base" else "prepared"
             text = answer["response"] if "response" in answer else texts[f"j{number}"][0]
             assert text == offline[arm, advisor, photos[0].name, prepared]
-            assert headers["X-Model-Used"] == ("base" if arm == "base" else "fine_tuned")
-            if not texts:
-                continue
-            assert rows[f"j{number}"] == (headers["X-Model-Used"], None if arm == "base" else "v1")
+            used = "base" if arm == "base" else "fine_tuned"
+            if source.stem != "queue_only":  # which answers before the arm is decided
+                assert headers["X-Model-Used"] == used
+            assert not texts or rows[f"j{number}"] == (used, None if arm == "base" else "v1")
+
+
+def test_a_service_in_several_modules(tmp_path, tiny_base, sample_tree, models, photos, offline):
+    """Its views and its model are in other modules, its settings in the environment, and it starts threads there."""
+    flags = (*AS_IT_IS, "--lora_path", models, "--model_mode", "ab_test", "--ab_test_split", "0")
+    environment = {"MLX_MODEL": tiny_base, "MAX_TOKENS": MAX_TOKENS}
+    source, database = MODULES / "ai_advisor_service.py", sample_tree / "mondrian.db"
+    with RunningService(tmp_path / "s", source, database, *flags, environment=environment) as running:
+        running.wait()
+        for job, advisor, mode, arm in (
+            ("j1", "ansel", {"mode": "lora"}, "v1"),
+            ("j2", "weston", {"mode": "rag+lora"}, "weston"),
+            ("j3", "ansel", {"mode": "rag"}, "base"),
+            ("j4", "okeefe", {"mode": "lora"}, "base"),
+            ("j5", "ansel", {}, "base"),
+        ):
+            headers, answer = running.analyze(photos[0], advisor, job, **mode)
+            assert answer["response"] == offline[arm, advisor, photos[0].name, "prepared"]
+            used = "fine_tuned" if arm != "base" else "base" if mode else "ab_test_base"
+            assert headers["X-Model-Used"] == used
+            assert running.rows("model_used, adapter_version")[job] == (used, None if arm == "base" else "v1")
+        health = running.get("/health")["lora"]
+        assert health["recording"] == "on" and health["generation"]["by_mlx_vlm"] == {}
+        assert health["generation"]["answered"] == 7 and sum(health["arms"].values()) == 5  # two had two passes
+        assert running.post("/lora/reload", model_mode="fine_tuned")[0] == 200
+        assert running.analyze(photos[0], "ansel", "j6")[1]["response"] == offline[
+            "v1", "ansel", photos[0].name, "prepared"
+        ]  # fmt: skip
+
+
+def test_a_request_chooses_also_where_a_worker_answers_it(tmp_path, tiny_base, sample_tree, models, photos, offline):
+    source = next(path for path in VARIANTS if path.stem == "queue_only")
+    flags = ("--mlx_model", tiny_base, *ANSWERING, *AS_IT_IS, "--lora_path", models, "--model_mode", "ab_test")
+    with RunningService(tmp_path / "s", source, sample_tree / "mondrian.db", *flags, "--ab_test_split", "1") as running:
+        running.wait()
+        plan = {"j1": ("lora", "fine_tuned"), "j2": ("baseline", "base"), "j3": (None, "ab_test_fine_tuned")}
+        for job, (mode, _) in plan.items():
+            running.analyze(photos[0], "ansel", job, **({"mode": mode} if mode else {}))
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not all(running.rows("model_used")[job][0] for job in plan):
+            time.sleep(0.1)
+        assert {job: running.rows("model_used")[job][0] for job in plan} == {job: arm for job, (_, arm) in plan.items()}
 
 
 def test_a_stream_is_answered_by_its_arm_too(tmp_path, tiny_base, sample_tree, models, photos, offline):

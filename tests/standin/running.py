@@ -25,6 +25,7 @@ from integration.lora_patch.versions import record_path
 ROOT = Path(__file__).resolve().parents[2]
 PATCH = ROOT / "integration" / "lora_patch"
 STANDIN = ROOT / "tests" / "standin" / "ai_advisor_service.py"
+MODULES = ROOT / "tests" / "standin" / "modules"
 VARIANTS = sorted((ROOT / "tests" / "standin" / "variants").glob("*.py"))
 
 
@@ -101,10 +102,18 @@ def free_port() -> int:
 
 
 class RunningService:
-    """A service file, copied into a folder of its own with a database, running as a process."""
+    """A service, copied into a folder of its own with a database, running as a process.
 
-    def __init__(self, folder: Path, source: Path, database: Path, *flags: str, installed: bool = True):
+    ``source`` is its file; one in a folder of several modules (MODULES) is copied with them. ``environment`` is added.
+    """
+
+    def __init__(
+        self, folder: Path, source: Path, database: Path, *flags: str, installed: bool = True, environment=None
+    ):
         folder.mkdir(parents=True)
+        if source.parent == MODULES:
+            shutil.copytree(MODULES, folder, dirs_exist_ok=True)
+        self.environment = environment or {}
         self.folder, self.port = folder, free_port()
         self.file = folder / source.name
         shutil.copy(source, self.file)
@@ -117,9 +126,11 @@ class RunningService:
 
     def start(self, *flags: str) -> None:
         self.log = open(self.folder / "log.txt", "a")  # noqa: SIM115 - it lives as long as the process
-        command = [sys.executable, self.file.name, "--port", str(self.port), *map(str, flags)]
+        port = [] if self.environment else ["--port", str(self.port)]
+        command = [sys.executable, self.file.name, *port, *map(str, flags)]
         # matrices of a tiny model are too small to be worth a second thread, which only waits in spinning
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1", "PORT": str(self.port)}
+        environment |= {name: str(value) for name, value in self.environment.items()}
         self.process = subprocess.Popen(
             command, cwd=self.folder, stdout=self.log, stderr=subprocess.STDOUT, env=environment
         )
