@@ -2,8 +2,6 @@
 
 import click
 
-from integration.lora_patch.errors import listed
-
 
 class UserError(click.ClickException):
     """An expected failure: printed as one line ``Error: what; mend`` on stderr, exit code 1, no traceback.
@@ -15,4 +13,5 @@ class UserError(click.ClickException):
 def refuse(problems: list[str], limit: int = 20) -> None:
     """Raise one `UserError` for all ``problems`` (a line each, at most ``limit``); return when there are none."""
     if problems:
-        raise UserError(listed(problems, limit))
+        more = [f"... and {len(problems) - limit} more"] if len(problems) > limit else []
+        raise UserError("\n  ".join(problems[:limit] + more))

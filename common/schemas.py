@@ -50,6 +50,10 @@ def _are_spans(value: Any) -> bool:
     return places == sorted(places)
 
 
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and 0 <= value[0] < value[1]
+
+
 def _is_analysis(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("dimensions"), list) or not value["dimensions"]:
         return False
@@ -82,7 +86,8 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "texts": (_texts, "a list of texts"),
     "number": (is_number, "a number"),
     "numbers": (lambda v: isinstance(v, list) and all(map(is_number, v)), "a list of numbers"),
-    "score": (lambda v: is_number(v) and 0 <= v <= 10, "a number from 0 to 10"),
+    "score": (lambda v: is_number(v) and 0 <= v <= 1000, "a number from 0 to 1000"),
+    "range": (_is_range, "the lowest and the highest score"),
     "share": (lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1"),
     "count": (lambda v: _whole(v, 0, 2**53), "a whole number from 0"),
     "integer": (lambda v: _whole(v, -(2**63), 2**63), "a whole number"),
@@ -108,10 +113,8 @@ class Column:
     null: bool = False
 
 
-def fault(row: Any, schema: dict[str, Column]) -> str | None:
+def fault(row: dict, schema: dict[str, Column]) -> str | None:
     """Say what is wrong with a row, None for a sound one."""
-    if not isinstance(row, dict):
-        return "a JSON object was expected"
     missing = [name for name, column in schema.items() if column.needed and name not in row]
     if missing:
         return f"{', '.join(missing)} missing"
@@ -147,6 +150,7 @@ MANIFEST = {
     "mends": Column("texts", "what had to be overlooked to read it", needed=False),
     "prompt_scores": Column("numbers", "scores of the example in the job's own prompt", needed=False),
     "prompt_overall": Column("number", "overall score of that example", needed=False, null=True),
+    "prompt_range": Column("range", "lowest and highest score that the job's own prompt asks for", needed=False),
     "status": Column("text", "of the job", needed=False),
     "mode": Column("text", "of the job", needed=False, null=True),
     "created_at": Column("text", "when the job was made", needed=False, null=True),

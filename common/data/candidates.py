@@ -5,6 +5,7 @@ row itself is read again, by its place in the file, when it is written.
 """
 
 import base64
+import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -19,7 +20,7 @@ from common.files import RowFile
 from common.schemas import MANIFEST
 from integration.lora_patch.analysis import compact_json
 from integration.lora_patch.names import is_advisor
-from integration.lora_patch.specification import DIMENSION_SPELLINGS, SPELLINGS
+from integration.lora_patch.specification import DIMENSION_SPELLINGS, SPELLINGS, PromptSpecification
 
 # the number of a score in a response, which holds no such text inside a string: its quotes would be escaped
 _KEYS = "|".join((*DIMENSION_SPELLINGS["score"], *SPELLINGS["overall_score"]))
@@ -47,6 +48,7 @@ class Candidate:
     overall_changed: bool = False
     copied: str = ""  # "exact" or "near" when its scores are those of the example in its prompt
     masked: bool = False  # whether its scores stay out of the loss
+    gaps_masked: bool = False  # whether the places of the keys that it lacks do
     length: int = 0  # tokens of the whole example, once counted
 
 
@@ -101,8 +103,8 @@ def judge_all(manifest: RowFile, advisor: str, target: Target) -> Judged:
     return Judged(candidates, thumbs, crowd)
 
 
-def response_of(row: dict, target: Target, masked: bool) -> tuple[str, list[tuple[int, int]]]:
-    """Return the response that an example teaches, and the spans of its scores when they are masked.
+def response_of(row: dict, target: Target, candidate: Candidate) -> tuple[str, list[tuple[int, int]]]:
+    """Return the response that an example teaches, and the spans of it that stay out of the loss.
 
     A row of which a dimension is lacking and that is an example all the same (``--gate schema=warn``) is written in the
     canonical form.
@@ -112,7 +114,27 @@ def response_of(row: dict, target: Target, masked: bool) -> tuple[str, list[tupl
         response = target.specification.render(analysis)
     except KeyError:
         response = compact_json(analysis)
-    return response, [match.span(1) for match in _SCORE.finditer(response)] if masked else []
+    spans = [match.span(1) for match in _SCORE.finditer(response)] if candidate.masked else []
+    spans += gaps_in(response, target.specification) if candidate.gaps_masked else []
+    return response, sorted(spans)
+
+
+def gaps_in(response: str, specification: PromptSpecification) -> list[tuple[int, int]]:
+    """Return the spans of a response that would teach to leave out the keys that it lacks: what follows in their place.
+
+    That is the next key with its comma and colon, or the closing brace.
+    """
+    there, at, spans, lacking = json.loads(response), 1, [], False
+    for asked in specification.fields:
+        if asked.name not in there:
+            lacking = lacking or asked.required
+            continue
+        key = f"{',' * (at > 1)}{compact_json(asked.name)}:"
+        spans += [(at, at + len(key))] if lacking else []
+        at += len(key) + len(compact_json(there[asked.name]))
+        lacking = False
+    whole = at + 1 == len(response)  # not the canonical form of an analysis that lacks a dimension
+    return [*spans, *([(at, at + 1)] if lacking else [])] if whole else []
 
 
 def _candidate(place: int, row: dict, analysis: dict, dropped: bool, target: Target) -> Candidate:
@@ -150,6 +172,7 @@ def apply_gates(candidates: list[Candidate], levels: dict[str, str]) -> None:
     for candidate in candidates:
         candidate.verdicts = {gate: text for gate, text in candidate.verdicts.items() if levels[gate] != "off"}
         candidate.masked = levels["copied_scores"] == "mask" and "copied_scores" in candidate.verdicts
+        candidate.gaps_masked = levels["sections"] == "mask" and "sections" in candidate.verdicts
         rejecting = [gate for gate in levels if levels[gate] == "reject" and gate in candidate.verdicts]
         if rejecting and not candidate.reason:
             candidate.reason, candidate.detail = rejecting[0], candidate.verdicts[rejecting[0]]

@@ -4,6 +4,7 @@ write_card(path, task, arrangement, lengths, meta)
 """
 
 import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,18 +26,21 @@ def write_card(path: Path, task: Task, arrangement: Arrangement, lengths: Length
     """Write the page; ``meta`` is what `meta_of` says of the set."""
     train, val = arrangement.examples("train"), arrangement.examples("val")
     report = link_report(task.manifest.path)
+    highest = task.target.specification.score_range[1]
+    step = 1 if 1 < highest <= 20 else highest / 10
+    edges = [n * step for n in range(math.ceil(highest / step) + 2)]
     write_page(
         path,
         Path(__file__).with_name("card.html.j2"),
         meta=meta,
         steps=_steps(arrangement, report.get("jobs", 0)),
         overall=_chart(
-            "Overall score", [c.overall for c in train], [c.overall for c in val], [n / 2 for n in range(21)]
+            "Overall score", [c.overall for c in train], [c.overall for c in val], [n * highest / 20 for n in range(21)]
         ),
         lengths=_lengths_chart(train, val, lengths.max_seq_length),
         lengths_text=lengths_sentence(lengths, len(train) + len(val), meta["options"]["base_model"]),
         dimensions=[
-            _chart(name, *([c.scores[i] for c in side if i < len(c.scores)] for side in (train, val)), range(12))
+            _chart(name, *([c.scores[i] for c in side if i < len(c.scores)] for side in (train, val)), edges)
             for i, name in enumerate(task.target.specification.names)
         ],
         gates=[

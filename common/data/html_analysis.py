@@ -19,7 +19,8 @@ HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _BLOCKS = {"p", "div", "li", "ul", "ol", "br", "tr", "td", "section", *HEADINGS}
 # digits are counted, and begin where no digit stands before them, so that a text of digits is read in linear time
 _NUMBER = r"(?<![\d.])(-?\d{1,6}(?:\.\d{1,15})?)(?!\d)"
-_SCORE = re.compile(rf"\(?\s?(?:score|grade|rating)?\s?:?\s?{_NUMBER}\s?(?:/|out of)\s?10(?!\d)\s?\)?", re.I)
+_ENDS = r"(?:/|out of)\s?(5|10|20|50|100)(?!\d)"
+_SCORE = re.compile(rf"\(?\s?(?:score|grade|rating)?\s?:?\s?{_NUMBER}\s?{_ENDS}\s?\)?", re.I)
 _MAX_ELEMENTS = 3_000  # tags; a page of nine advisors has 900
 _MAX_TITLE = 100  # characters
 _SILENT = {"script", "style", "-comment", "!--", "template", "title"}
@@ -64,8 +65,10 @@ def is_html_analysis(text: str) -> bool:
     return "feedback-card" in text or "dimension-score" in text or "feedback-comment" in text
 
 
-def html_to_analysis(html: str, advisor: str | None = None) -> tuple[dict, list[str]]:
+def html_to_analysis(html: str, advisor: str | None = None, highest: float = 10) -> tuple[dict, list[str]]:
     """Return (analysis, mends) of a page of feedback cards; of several sections, the one of ``advisor``.
+
+    ``highest`` is where the range of scores ends that its prompt asks for.
 
     The last whole answer counts when the page holds an echo of the prompt and an answer; of two cards of one
     dimension, the first. Raises AnalysisError ("wrong_advisor", "prompt_echo", "missing_score", "no_cards",
@@ -83,7 +86,7 @@ def html_to_analysis(html: str, advisor: str | None = None) -> tuple[dict, list[
     mends: list[str] = []
     dimensions: dict[str, dict] = {}
     for card in page.cards:
-        item = _dimension(card, page, mends)
+        item = _dimension(card, page, highest, mends)
         if item and dimensions.setdefault(item["name"], item) is not item:
             mends.append("doubled_cards")
     if not dimensions:
@@ -216,7 +219,7 @@ def _wanted_section(body: LexborNode, advisor: str | None) -> str | None:
 # ------------------------------------------------------------------------------------------------ reading a card
 
 
-def _dimension(card: _Card, page: _Page, mends: list[str]) -> dict | None:
+def _dimension(card: _Card, page: _Page, highest: float, mends: list[str]) -> dict | None:
     """Return the dimension on a card; None for a card that carries the overall grade or nothing."""
     title, scored, comment = _joined(card.title), _joined(card.score), _joined(card.comment)
     if not title and comment:  # a card without a heading: its first words are the title if a score ends them
@@ -240,9 +243,10 @@ def _dimension(card: _Card, page: _Page, mends: list[str]) -> dict | None:
     proper = canonical_name(name)
     if proper != name:
         mends.append("dimension_names")
-    score = number(match[1])
-    if score is None:
-        raise AnalysisError("missing_score", f"the score of {proper[:40]} is {match[1][:40]}, not a number")
+    score, ends = number(match[1]), match[2] if match.re is _SCORE else None
+    if score is None or (ends and float(ends) != highest):
+        what = f"{match[1][:40]}{f'/{ends}' if ends else ''}"
+        raise AnalysisError("missing_score", f"the score of {proper[:40]} is {what}, not a number out of {highest:g}")
     recommendation = _LABEL.sub("", _joined(card.recommendation), count=1)
     texts = {"comment": comment, "recommendation": recommendation}
     return {"name": proper, "score": score, **{key: text for key, text in texts.items() if text}}

@@ -63,12 +63,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which jobs are linked: of an advisor ("all" for any), of these statuses and modes; and what --dimensions says."""
+    """Which jobs are linked: of an advisor ("all" for any), of these statuses and modes; what --dimensions and
+    --score_range say."""
 
     advisor: str
     statuses: tuple[str, ...]
     modes: tuple[str, ...]
     dimensions: str | None = None
+    score_range: str | None = None
 
     def advisor_of(self, job: dict) -> str | None:
         """Return the advisor for whom a job is read, None when it is not asked for."""
@@ -110,10 +112,11 @@ class Reader:
 
     files: AnalysisFiles
     system_prompt: str
-    dimensions: str | None
+    wanted: Wanted
 
     def asked(self, prompt: str) -> Asked:
-        return asked_by(tuple(text for text in (self.system_prompt, prompt) if text), self.dimensions)
+        prompts = tuple(text for text in (self.system_prompt, prompt) if text)
+        return asked_by(prompts, self.wanted.dimensions, self.wanted.score_range)
 
     def read(self, tasks: list["Task"]) -> list["Found | AnalysisError | tuple[str, str]"]:
         """Return for each task what was found, or why nothing was."""
@@ -143,7 +146,9 @@ class Linker:
     def __init__(self, wanted: Wanted, photos: Locator, analyses: Locator | None):
         self.wanted, self.locator, self.files = wanted, photos, AnalysisFiles(analyses)
         self.photos: dict[str, Photo] = {}  # by path; what is not in it is looked at when it is needed
-        read_specification("", wanted.dimensions) if wanted.dimensions else None  # refuse what is no list of names
+        read_specification(
+            "", wanted.dimensions or "7", wanted.score_range
+        )  # refuse what is no list of names, no range
 
     # -- the two passes
 
@@ -173,7 +178,7 @@ class Linker:
 
     def reader(self, database: Database) -> Reader:
         """Return the reader of a database's jobs, which knows its system prompt."""
-        return Reader(self.files, database.prompts("").system_prompt or "", self.wanted.dimensions)
+        return Reader(self.files, database.prompts("").system_prompt or "", self.wanted)
 
     def _tasks(self, jobs: Iterable[dict], seen: set[str]) -> Iterator[tuple[dict, Task]]:
         for job in jobs:
@@ -244,6 +249,7 @@ class Linker:
             "mends": found.mends,
             "prompt_scores": list(scores),
             "prompt_overall": overall,
+            "prompt_range": list(found.score_range),
             "status": plain(job["status"]),
             "mode": plain(job["mode"]) or None,
             "created_at": plain(job["created_at"]) or None,

@@ -2,7 +2,7 @@
 
 judged = judge_all(manifest, advisor, target)
 choice = choose(judged, record, options)
-arrangement = split(choice, judged.thumbs, record)
+arrangement = split(choice, judged.thumbs, record, target.specification)
 lengths = measure(arrangement.examples(), task, options)
 """
 
@@ -21,6 +21,7 @@ from common.data.split import Record, assign, recovered, settle
 from common.errors import UserError
 from common.files import RowFile, read_json
 from common.tables import counted
+from integration.lora_patch.specification import PromptSpecification
 
 RECOMMENDED = 60  # examples; below it an adapter learns little
 MIN_VALIDATION = 5  # photographs; evaluation judges nothing on fewer, so that no adapter can be promoted
@@ -163,7 +164,7 @@ def _group_of(candidates: list[Candidate], groups: list[list[str]]) -> list[int]
     return [by_photo.get(candidate.sha256, len(groups)) for candidate in candidates]
 
 
-def split(choice: Choice, thumbs: dict[str, bytes], record: Record) -> Arrangement:
+def split(choice: Choice, thumbs: dict[str, bytes], record: Record, specification: PromptSpecification) -> Arrangement:
     """Give each group with an example its side, and enter the photographs in the record.
 
     ``thumbs`` are the thumbnails of the photographs by SHA-256. UserError with fewer than two photographs.
@@ -171,7 +172,7 @@ def split(choice: Choice, thumbs: dict[str, bytes], record: Record) -> Arrangeme
     scores: dict[int, list[float]] = defaultdict(list)
     for candidate, group in zip(choice.candidates, choice.group_of, strict=True):
         if not candidate.reason:
-            scores[group].append(candidate.overall or 0)
+            scores[group].append(specification.points(candidate.overall or 0))
     chosen = sorted(scores)
     means = [statistics.fmean(scores[group]) for group in chosen]
     sides = assign([choice.groups[group] for group in chosen], means, record.sides, record.val_split, record.seed)
@@ -202,7 +203,7 @@ def measure(examples: list[Candidate], task: Task, options: Options) -> Lengths:
     """Count the tokens of each example, kept with it, and sum up."""
     counter = LengthCounter(options.base_model, options.max_image_size)
     for candidate, row in zip(examples, task.manifest.read([c.place for c in examples]), strict=True):
-        response, _ = response_of(row, task.target, masked=False)
+        response, _ = response_of(row, task.target, candidate)
         candidate.length = counter.count(task.prompt.text, response, (candidate.width, candidate.height))
     lengths = sorted(candidate.length for candidate in examples)
     over = sum(length > options.max_seq_length for length in lengths)

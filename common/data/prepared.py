@@ -68,7 +68,7 @@ def _rows(task: Task, arrangement: Arrangement, row_format: str, side: str) -> I
     make = {"triplet": triplet_row, "messages": messages_row}[row_format]
     examples = arrangement.examples(side)
     for candidate, row in zip(examples, task.manifest.read([c.place for c in examples]), strict=True):
-        response, spans = response_of(row, task.target, candidate.masked)
+        response, spans = response_of(row, task.target, candidate)
         yield make(row["image_path"], task.prompt.text, response, row["job_id"], row["image_sha256"], spans)
 
 

@@ -63,6 +63,6 @@ def service_prompt(advisor: str, databases: list[Path], system_file: Path | None
     return Prompt(text, f"built-in system prompt, advisor from {path}", (warning,))
 
 
-def make_target(prompt: str, dimensions: str | None) -> Target:
-    """Return what responses must look like: what the prompt demands, or with the dimensions of ``--dimensions``."""
-    return Target(read_specification(prompt, dimensions), placeholders_of(prompt))
+def make_target(prompt: str, dimensions: str | None, score_range: str | None = None) -> Target:
+    """Return what responses must look like: what the prompt demands, or what --dimensions and --score_range say."""
+    return Target(read_specification(prompt, dimensions, score_range), placeholders_of(prompt))

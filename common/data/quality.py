@@ -23,9 +23,9 @@ from integration.lora_patch.analysis import compact_json, texts_of
 from integration.lora_patch.repetition import repeated_phrase
 from integration.lora_patch.specification import PromptSpecification, mean_score
 
-LEVELS = ("reject", "mask", "warn", "off")  # mask: copied_scores alone
-OVERALL_TOLERANCE = 0.5  # points between the overall score and the mean of the dimensions
-SCORES = (1, 10)  # what the JSON system prompt allows
+LEVELS = ("reject", "mask", "warn", "off")
+MASKING = ("copied_scores", "sections")  # gates that have the level mask
+OVERALL_TOLERANCE = 0.5  # points of ten between the overall score and the mean of the dimensions
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ GATES = {
         "reject",
         "lacks the description, a comment, a recommendation, a dimension or a key that only its prompt asks for",
     ),
-    "score_range": Gate("reject", "a score is not from 1 to 10"),
+    "score_range": Gate("reject", "a score is outside the range that the prompt asks for, or of another scale"),
     "whole_scores": Gate("warn", "a dimension's score is not a whole number, as the prompt demands"),
     "language": Gate("reject", "not written in English, as the service demands"),
     "repetition": Gate("reject", "degenerate repetition: the same words again and again"),
@@ -50,14 +50,17 @@ GATES = {
     "duplicates": Gate("reject", "word for word the analysis of another photograph: a stuck model"),
     "overall": Gate(
         "warn",
-        f"the overall score is missing or over {OVERALL_TOLERANCE} from the dimensions' mean, which takes its place",
+        f"the overall score is missing or over {OVERALL_TOLERANCE} of 10 from the dimensions' mean, which replaces it",
     ),
     "copied_scores": Gate(
         "mask", "the scores of the example in its own prompt, or all but one; mask: only its texts are trained on"
     ),
     "boilerplate": Gate("warn", "comments that it shares with other dimensions or with several other photographs"),
     "flat_scores": Gate("warn", "every dimension has the same score"),
-    "sections": Gate("warn", "lacks key strengths, priority improvements or technical notes"),
+    "sections": Gate(
+        "mask",
+        "lacks strengths, improvements or notes that the prompt asks for; mask: leaving them out is not trained",
+    ),
     "length": Gate("warn", "a comment or recommendation of over 120 words, where the prompt allows 50"),
     "mends": Gate("off", "was readable only after mending (--no_mend: reject)"),
 }
@@ -96,17 +99,19 @@ class Target:
         dropped = False
         with contextlib.suppress(KeyError):  # a dimension is lacking: the gate schema says so
             analysis, dropped = self.specification.project(analysis)
-        return analysis | (
-            {"overall_score": mean_score(analysis["dimensions"])} if overall_fault(analysis) else {}
-        ), dropped
+        highest = self.specification.score_range[1]
+        mean = (
+            {"overall_score": mean_score(analysis["dimensions"], highest)} if overall_fault(analysis, highest) else {}
+        )
+        return analysis | mean, dropped
 
 
-def overall_fault(analysis: dict) -> str | None:
+def overall_fault(analysis: dict, highest: float) -> str | None:
     """Say what is wrong with an overall score, which the prompt defines as the mean of the dimensions."""
-    mean = mean_score(analysis["dimensions"])
+    mean = mean_score(analysis["dimensions"], highest)
     if "overall_score" not in analysis:
         return f"missing; the dimensions give {mean}"
-    if abs(analysis["overall_score"] - mean) > OVERALL_TOLERANCE + 1e-9:
+    if abs(analysis["overall_score"] - mean) > OVERALL_TOLERANCE * highest / 10 + 1e-9:
         return f"{analysis['overall_score']} where the dimensions give {mean}"
     return None
 
@@ -123,9 +128,9 @@ def read_levels(switches: tuple[str, ...], no_mend: bool = False) -> dict[str, s
     levels = {name: gate.default for name, gate in GATES.items()}
     for switch in switches:
         name, _, level = switch.partition("=")
-        if name not in GATES or level not in LEVELS or (level == "mask" and name != "copied_scores"):
+        if name not in GATES or level not in LEVELS or (level == "mask" and name not in MASKING):
             raise UserError(
-                f"--gate {switch}: write NAME=LEVEL, LEVEL reject, warn or off (copied_scores: mask too), "
+                f"--gate {switch}: write NAME=LEVEL, LEVEL reject, warn or off ({', '.join(MASKING)}: mask too), "
                 f"NAME {', '.join(GATES)}"
             )
         levels[name] = level
@@ -138,10 +143,11 @@ def judge(row: dict, analysis: dict, target: Target) -> dict[str, str]:
     """Return {gate: finding} of a manifest row; ``analysis`` is its analysis as it would be trained on."""
     found: dict[str, str] = {}
     dimensions, texts = analysis["dimensions"], texts_of(analysis)
-    lacking = [what for what in target.specification.lacking(analysis) if what not in SECTIONS]
+    absent = target.specification.lacking(analysis)
+    lacking = [what for what in absent if what not in SECTIONS]
     if lacking:
         found["schema"] = f"lacks {', '.join(lacking[:4])}" + (f" and {len(lacking) - 4} more" if lacking[4:] else "")
-    found |= _score_faults(analysis, target.specification)
+    found |= _score_faults(analysis, target.specification, row.get("prompt_range"))
     if strange := foreign_text(analysis):
         found["language"] = strange
     if repeated := next((quote for text in texts if (quote := repeated_phrase(text))), None):
@@ -150,13 +156,14 @@ def judge(row: dict, analysis: dict, target: Target) -> dict[str, str]:
         found["word_salad"] = salad
     if poor := _poor_comment(dimensions, target.placeholders):
         found["comments"] = poor
-    if len(row["analysis"]["dimensions"]) == len(dimensions) and (fault := overall_fault(row["analysis"])):
+    if len(row["analysis"]["dimensions"]) == len(dimensions) and (
+        fault := overall_fault(row["analysis"], target.specification.score_range[1])
+    ):
         found["overall"] = fault
     if copied := copied_scores(row, target.specification):
         found["copied_scores"] = copied
-    absent = [key for key in SECTIONS if key not in analysis]
-    if absent:
-        found["sections"] = "without " + ", ".join(absent)
+    if sections := [what for what in absent if what in SECTIONS]:
+        found["sections"] = "without " + ", ".join(sections)
     long = max(d.get(key, "").count(" ") + 1 for d in dimensions for key in ("comment", "recommendation"))
     if long > _MAX_WORDS:
         found["length"] = f"{long:,} words"
@@ -165,13 +172,18 @@ def judge(row: dict, analysis: dict, target: Target) -> dict[str, str]:
     return found
 
 
-def _score_faults(analysis: dict, specification: PromptSpecification) -> dict[str, str]:
-    """Return what the gates of scores find."""
+def _score_faults(analysis: dict, specification: PromptSpecification, given_in: list | None) -> dict[str, str]:
+    """Return what the gates of scores find; ``given_in`` is the range of the job's own prompt, where it is known."""
     found = {}
+    low, high = specification.score_range
+    if given_in and given_in[1] != high:
+        found["score_range"] = (
+            f"scored from {given_in[0]:g} to {given_in[1]:g}, the prompt asks for {low:g} to {high:g}"
+        )
     scores = {d["name"]: d["score"] for d in analysis["dimensions"]}
     for name, score in {**scores, "the overall score": analysis["overall_score"]}.items():
-        if not SCORES[0] <= score <= SCORES[1]:
-            found.setdefault("score_range", f"{name} is {score}")
+        if not low <= score <= high:
+            found.setdefault("score_range", f"{name} is {score}, not from {low:g} to {high:g}")
     whole = any(field.kind == "whole" for field in specification.dimension_fields)
     fraction = next((name for name, score in scores.items() if score != int(score)), None) if whole else None
     if fraction:

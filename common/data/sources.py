@@ -17,7 +17,8 @@ from pathlib import Path
 from common.data.html_analysis import html_to_analysis, is_html_analysis
 from integration.lora_patch.analysis import AnalysisError, canonical, looks_like_analysis
 from integration.lora_patch.json_text import balanced_end, find_objects, is_too_deep, parse_json, strings_in
-from integration.lora_patch.prompts import UnreadablePrompt, read_specification
+from integration.lora_patch.prompts import UnreadablePrompt, read_specification, told_range
+from integration.lora_patch.score_range import USUAL, parse_score_range
 from integration.lora_patch.specification import DIMENSIONS7
 
 SOURCES = ("analysis_file", "stored_path", "analysis_markdown", "llm_outputs")
@@ -27,7 +28,7 @@ MAX_TEXT = 256_000  # characters; the longest real answer, a model that ran away
 # places names the reason.
 REASONS = {
     "unread": "the reader failed on it, which is a fault of this program; please report the job",
-    "score_out_of_range": "a score is not from 0 to 10",
+    "score_out_of_range": "a score is not in the range that its prompt asks for (see --score_range)",
     "wrong_dimensions": "dimensions that its prompt asks for are missing, or have other names",
     "unknown_dimensions": "no prompt of it tells which dimensions it asks for; name them with --dimensions",
     "missing_score": "a dimension has no score",
@@ -77,6 +78,7 @@ class Found:
     source: str  # one of SOURCES
     form: str  # "json" or "html"
     path: str | None  # the file it was read from
+    score_range: tuple[float, float]  # lowest and highest score that its prompt asks for
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,18 @@ class Asked:
     extra_keys: frozenset[str] = frozenset()  # asked for beyond the canonical keys
     examples: frozenset[tuple] = frozenset()  # `example_of` the prompts
     unreadable: str = ""  # why no prompt tells its dimensions
+    score_range: tuple[float, float] = USUAL  # lowest and highest score
 
 
 @functools.lru_cache(512)
-def asked_by(prompts: tuple[str, ...], dimensions: str | None) -> Asked:
+def asked_by(prompts: tuple[str, ...], dimensions: str | None, score_range: str | None = None) -> Asked:
     """Return what an answer to any of these prompts may look like; "" is a prompt that is not known.
 
-    The usual seven dimensions are accepted under every prompt, unless ``dimensions`` (of --dimensions) are given.
+    The usual seven dimensions are accepted under every prompt, unless ``dimensions`` (of --dimensions) are given. The
+    range of scores is that of the last prompt that tells one, unless ``score_range`` (of --score_range) is given.
     """
     sets, extra, examples, unreadable = [], frozenset(), set(), ""
+    ends = None
     for text in prompts or ("",):
         try:
             specification = read_specification(text, dimensions)
@@ -103,11 +108,13 @@ def asked_by(prompts: tuple[str, ...], dimensions: str | None) -> Asked:
             extra |= specification.extra_keys
         except UnreadablePrompt as error:
             unreadable = str(error) if text else "no prompt is stored; name its dimensions: --dimensions NAME,NAME,..."
-        if example := example_of(text):
+        ends = told_range(text) or ends
+        if example := example_of(text, (ends or USUAL)[1]):
             examples.add(example)
     known = "" if sets else unreadable
     sets += [] if dimensions else [DIMENSIONS7]
-    return Asked(tuple(dict.fromkeys(sets)), extra, frozenset(examples), known)
+    ends = parse_score_range(score_range) if score_range else ends or USUAL
+    return Asked(tuple(dict.fromkeys(sets)), extra, frozenset(examples), known, ends)
 
 
 def find_analysis(job: dict, advisor: str, files: "AnalysisFiles", asked: Asked) -> Found:
@@ -138,7 +145,7 @@ def readings(
                 continue
             analysis, mends, form = read_answer(text, advisor, prompt if isinstance(prompt, str) else "", asked)
             check(analysis, asked)
-            yield text, Found(analysis, mends, source, form, path)
+            yield text, Found(analysis, mends, source, form, path, asked.score_range)
         except AnalysisError as error:
             yield text if isinstance(text, str) else "", AnalysisError(error.reason, f"{source}: {error.detail}")
         except Exception as error:  # whatever one row does to a reader, it is that row's reason
@@ -157,11 +164,11 @@ def check(analysis: dict, asked: Asked) -> None:
             raise AnalysisError("unknown_dimensions", f"answers {', '.join(names)[:400]}: {asked.unreadable}")
         lacking = min(([name for name in wanted if name not in names] for wanted in asked.dimensions), key=len)
         raise AnalysisError("wrong_dimensions", f"{len(names)} dimensions, without {', '.join(lacking)}"[:160])
-    for dimension in analysis["dimensions"]:
-        if not 0 <= dimension["score"] <= 10:
-            raise AnalysisError("score_out_of_range", f"{dimension['name'][:40]} has {dimension['score']}"[:100])
-    if not 0 <= analysis.get("overall_score", 0) <= 10:
-        raise AnalysisError("score_out_of_range", f"the overall score is {analysis['overall_score']}"[:100])
+    scores = {dimension["name"][:40]: dimension["score"] for dimension in analysis["dimensions"]}
+    for name, score in {**scores, "the overall score": analysis.get("overall_score", 0)}.items():
+        if not 0 <= score <= asked.score_range[1]:  # a zero is for preparation to judge
+            low, high = asked.score_range
+            raise AnalysisError("score_out_of_range", f"{name} is {score:g}"[:80] + f", not from {low:g} to {high:g}")
     if any(not text.isprintable() and _SURROGATE.search(text) for text in strings_in(analysis)):
         raise AnalysisError("not_text", "holds characters that are no Unicode text")
 
@@ -285,7 +292,7 @@ def read_answer(text: str, advisor: str, prompt: str, asked: Asked) -> tuple[dic
     objects = list(find_objects(visible))
     if is_html_analysis(visible) and not any(looks_like_analysis(value) for value, *_ in objects):
         try:
-            analysis, mends = html_to_analysis(visible, advisor)
+            analysis, mends = html_to_analysis(visible, advisor, asked.score_range[1])
         except AnalysisError as error:
             raise _diagnosis(visible, objects, False, thought) if error.reason == "no_cards" else error from None
         return analysis, [*nul, *around, *mends], "html"
@@ -303,7 +310,7 @@ def _read_json(text: str, objects: list[tuple], asked: Asked) -> tuple[dict | No
         if not looks_like_analysis(value):
             continue
         try:
-            analysis, more = canonical(value, asked.extra_keys)
+            analysis, more = canonical(value, asked.extra_keys, asked.score_range[1])
         except AnalysisError as error:
             failure = failure or error
             continue
@@ -322,12 +329,12 @@ def _signature(analysis: dict) -> tuple:
     return analysis.get("image_description"), analysis["dimensions"][0].get("comment")
 
 
-def example_of(prompt: str) -> tuple | None:
+def example_of(prompt: str, highest: float) -> tuple | None:
     """Return the signature of the example in a prompt, to know it again when it comes back as an answer."""
     for value, *_ in find_objects(prompt):
         if looks_like_analysis(value):
             try:
-                return _signature(canonical(value)[0])
+                return _signature(canonical(value, highest=highest)[0])
             except AnalysisError:
                 continue
     return None

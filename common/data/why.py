@@ -48,7 +48,7 @@ def explain_prepared(task: Task, choice: Choice, job_id: str) -> None:
         click.echo(f"\nJob {shown(candidate.job_id)} with the photograph {candidate.image_path}")
         raw = _raw_text(row)
         click.echo(f"\n-- raw text\n{_printable(raw[:_RAW])}{' ...' if len(raw) > _RAW else ''}")
-        response, spans = response_of(row, task.target, candidate.masked)
+        response, spans = response_of(row, task.target, candidate)
         click.echo(
             f"\n-- read from {row.get('analysis_source')} and written as the prompt demands\n{_printable(response)}"
         )

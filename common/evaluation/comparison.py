@@ -60,8 +60,9 @@ def judged(report: dict) -> dict:
     }
     for example in report["examples"]:
         prompt, specification = report["prompts"][example["prompt"]], specifications[example["prompt"]]
-        reference, _ = parse_lenient(example["response"])
-        scores = scoring.reference_scores(example["response"], reference, example["masked_spans"])
+        highest = specification.score_range[1]
+        reference, _ = parse_lenient(example["response"], highest=highest)
+        scores = scoring.reference_scores(example["response"], reference, example["masked_spans"], highest)
         example["reference"], example["reference_scores"] = reference, scores
         example["reference_measures"] = scoring.measure(example["response"], {"analysis": reference}, reference, prompt)
         for outputs in example["outputs"].values():
@@ -195,7 +196,7 @@ def about_scores(report: dict, summary: Summary) -> list[str]:
         found.append(
             f"{100 * unread.value:.0f}% of the candidate's answers have no readable score and are in no score figure."
         )
-    masked = sum(len(example["masked_spans"]) for example in report["examples"])
+    masked = sum(len(scoring.scores_of(e["reference"])) - len(e["reference_scores"]) for e in report["examples"])
     if masked:
         found.append(f"{masked} reference scores were masked in training as copied; they are in no score figure.")
     return found

@@ -100,11 +100,12 @@ class ModelSource:
                 "text": self.engine.text(answer.tokens),
                 "finish": answer.finish,
                 "tokens": len(answer.tokens),
-                **self._expected(answer),
+                **self._expected(answer, by_key[answer.key]),
             }
 
-    def _expected(self, answer: Answer) -> dict:
-        if answer.watched is None:
+    def _expected(self, answer: Answer, item: Item) -> dict:
+        low, high = item.specification.score_range
+        if answer.watched is None or low < 1 or high != 10:  # made for scores from 1 to 10
             return {}
         pieces = [self.engine.text([token]) for token in answer.tokens]
         found = expected_scores(self.engine.text(answer.tokens), pieces, answer.watched)
@@ -187,10 +188,10 @@ class ModelSource:
 
     def _schema(self, item: Item) -> Grammar:
         """Return the grammar of the answer that an example's prompt asks for."""
-        names = item.specification.dimensions
-        if names not in self._grammars:
-            self._grammars[names] = Grammar(self.base, answer_schema(names))
-        return self._grammars[names]
+        asked = item.specification
+        if asked not in self._grammars:
+            self._grammars[asked] = Grammar(self.base, answer_schema(asked))
+        return self._grammars[asked]
 
 
 def _evened(base: vlm.Base, tensors: dict[str, mx.array], rank: int) -> dict[str, mx.array]:

@@ -11,6 +11,7 @@ from common.language import foreign_text, is_latin
 from integration.lora_patch.analysis import parse_lenient
 from integration.lora_patch.json_text import is_number
 from integration.lora_patch.repetition import repeated_tail
+from integration.lora_patch.score_range import USUAL
 from integration.lora_patch.specification import PromptSpecification
 
 # Every way to fail, worst first; an output is counted under the first that holds and lists them all. The last one is
@@ -42,11 +43,16 @@ def judge(text: str, finish: str, specification: PromptSpecification) -> dict:
     Returns {"strict": bool, "failures": [class, ...] worst first, "problems": [sentence, ...], "lenient": bool,
     "mends": [what a lenient reader had to overlook], "analysis": object or None}.
     """
-    analysis, mends = parse_lenient(text, specification.extra_keys)
+    highest = specification.score_range[1]
+    analysis, mends = parse_lenient(text, specification.extra_keys, highest)
     analysis = _encodable(analysis)
     foreign = foreign_text(analysis) is not None if analysis else not is_latin(text)
     problems = list(specification.check(text)) if finish == "stop" else []
-    found = set(_faults_of_form(text, finish, analysis, problems))
+    out_of_range = any(
+        not specification.points(specification.score_range[0]) <= score <= 10
+        for score in scores_of(analysis, highest).values()
+    )
+    found = set(_faults_of_form(text, finish, out_of_range, problems))
     if foreign:
         found.add("wrong_language")
         problems.append("not in English")
@@ -76,7 +82,7 @@ def _encodable(value: object):
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-def _faults_of_form(text: str, finish: str, analysis: dict | None, problems: list[str]):
+def _faults_of_form(text: str, finish: str, out_of_range: bool, problems: list[str]):
     if finish == "loop" or (finish == "length" and repeated_tail(text.split())):
         yield "repetition_loop"
     elif finish == "length":
@@ -96,7 +102,7 @@ def _faults_of_form(text: str, finish: str, analysis: dict | None, problems: lis
         return
     if any(problem.startswith("dimensions are not the") for problem in problems):
         yield "wrong_dimensions"
-    if any(not 1 <= score <= 10 for score in scores_of(analysis).values()):
+    if out_of_range:
         yield "out_of_range"
 
 
@@ -112,8 +118,11 @@ def _text_after_object(body: str) -> bool:
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
-def scores_of(analysis: dict | None) -> dict[str, float]:
-    """Return {dimension, or `OVERALL`: score} of what has a number in an analysis."""
+def scores_of(analysis: dict | None, highest: float = 10) -> dict[str, float]:
+    """Return {dimension, or `OVERALL`: score} of what has a number in an analysis, in points of ten.
+
+    ``highest`` is where the range of its scores ends.
+    """
     listed = (analysis or {}).get("dimensions")
     scores = {
         str(item.get("name")): item["score"]
@@ -121,10 +130,11 @@ def scores_of(analysis: dict | None) -> dict[str, float]:
         if isinstance(item, dict) and is_number(item.get("score"))
     }
     overall = (analysis or {}).get(OVERALL)
-    return scores | ({OVERALL: overall} if is_number(overall) else {})
+    scores |= {OVERALL: overall} if is_number(overall) else {}
+    return scores if highest == 10 else {name: score * 10 / highest for name, score in scores.items()}
 
 
-def score_spans(text: str) -> dict[str, tuple[int, int]]:
+def score_spans(text: str, highest: float = 10) -> dict[str, tuple[int, int]]:
     """Return {dimension, or `OVERALL`: (start, end)} of the digits of each score in an answer's text.
 
     Each number is replaced by a mark, and the analysis read again: the reader says which mark is whose score.
@@ -133,17 +143,27 @@ def score_spans(text: str) -> dict[str, tuple[int, int]]:
     for number, (start, end) in enumerate(spans):
         marked += [text[at:start], str(_MARK + number)]
         at = end
-    analysis, _ = parse_lenient("".join([*marked, text[at:]]))
+    analysis, _ = parse_lenient("".join([*marked, text[at:]]), highest=highest)
     found = {name: int(score) - _MARK for name, score in scores_of(analysis).items()}
     return {name: spans[number] for name, number in found.items() if 0 <= number < len(spans)}
 
 
-def reference_scores(response: str, reference: dict | None, masked_spans: list) -> dict[str, float]:
-    """Return the scores of a reference that measure anything: those that training did not mask as copied."""
-    scores = scores_of(reference)
+def highest_of(prompt: dict) -> float:
+    """Return where the range of scores ends, by a report's record of a prompt."""
+    return prompt.get("specification", {}).get("score_range", USUAL)[1]
+
+
+def reference_scores(
+    response: str, reference: dict | None, masked_spans: list, highest: float = 10
+) -> dict[str, float]:
+    """Return the scores of a reference that measure anything, in points of ten: those not masked in training as copied.
+
+    ``highest`` is where the range of its scores ends.
+    """
+    scores = scores_of(reference, highest)
     if not masked_spans:
         return scores
-    spans = score_spans(response)
+    spans = score_spans(response, highest)
     masked = {
         name
         for name, (start, end) in spans.items()
@@ -158,16 +178,18 @@ def reference_scores(response: str, reference: dict | None, masked_spans: list) 
 def measure(text: str, verdict: dict, reference: dict | None, prompt: dict) -> dict:
     """Measure one judged output against its reference analysis; what cannot be measured is None.
 
-    ``prompt`` is {"dimensions", "terms", "example_scores"}. Returns {"scores": {name: score}, "consistency": |overall
-    - mean of its own dimensions|, "comments" and "description": chrF of 0..100 (0 when the output cannot be read),
-    "vocabulary": share of the advisor's terms used, "within": similarity of the dimensions' advice, "same_advice":
-    whether two dimensions have the same, "example_scores": whether the scores are those of the prompt's own example}.
+    ``prompt`` is {"specification", "dimensions", "terms", "example_scores"}; scores are in points of ten.
+    Returns {"scores": {name: score}, "consistency": |overall - mean of its own dimensions|, "comments" and
+    "description": chrF of 0..100 (0 when the output cannot be read), "vocabulary": share of the advisor's terms used,
+    "within": similarity of the dimensions' advice, "same_advice": whether two dimensions have the same,
+    "example_scores": whether the scores are those of the prompt's own example}.
     """
     ours, theirs = verdict["analysis"] or {}, reference or {}
-    scores = scores_of(ours)
+    highest = highest_of(prompt)
+    scores = scores_of(ours, highest)
     overall = scores.get(OVERALL)
     own = [scores[name] for name in prompt["dimensions"] if name in scores]
-    example = list(prompt.get("example_scores") or [])
+    example = [score if highest == 10 else score * 10 / highest for score in prompt.get("example_scores") or []]
     within, same = _advice(ours)
     return {
         "scores": scores,

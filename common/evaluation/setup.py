@@ -12,15 +12,15 @@ from common.errors import UserError, refuse
 from common.evaluation.generations import Item
 from common.evaluation.model_source import ModelSource, Sampling
 from common.evaluation.scoring import reference_scores
-from common.files import find_input, sha256_file
-from common.records import software_versions
+from common.files import find_input, read_json, sha256_file
+from common.records import ARGS, software_versions
 from integration.lora_patch import versions
 from integration.lora_patch.analysis import parse_lenient
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
 from integration.lora_patch.photo import MAX_IMAGE_SIZE, PhotoError, load_photo
 from integration.lora_patch.prompts import UnreadablePrompt, read_specification
 from integration.lora_patch.specification import PromptSpecification
-from integration.lora_patch.versions import ARGS, CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
+from integration.lora_patch.versions import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 from integration.lora_patch.vlm import Base, load_base, response_tokens
 
 AUTO = "auto"
@@ -135,7 +135,9 @@ def load_items(evaluation: Evaluation) -> list[Item]:
             f"{evaluation.val_data}: the prompt of {untold} of {len(items)} examples does not tell which dimensions it "
             "wants; answers are held to the usual seven. Prepare the data again with --dimensions."
         )
-    unreadable = sum(parse_lenient(item.example.response)[0] is None for item in items)
+    unreadable = sum(
+        parse_lenient(item.example.response, highest=item.specification.score_range[1])[0] is None for item in items
+    )
     if unreadable:
         evaluation.warnings.append(
             f"{unreadable} of {len(items)} references are no analysis: they count for the loss alone."
@@ -158,8 +160,10 @@ def training_scores(evaluation: Evaluation) -> dict | None:
         examples = []
     found: dict[str, list[float]] = {}
     for example in examples:
-        analysis = parse_lenient(example.response)[0]
-        for name, score in reference_scores(example.response, analysis, example.masked_spans).items():
+        specification = _specification(evaluation.training.get("specification"), example.prompt)
+        highest = (specification or PromptSpecification()).score_range[1]
+        analysis = parse_lenient(example.response, highest=highest)[0]
+        for name, score in reference_scores(example.response, analysis, example.masked_spans, highest).items():
             found.setdefault(name, []).append(score)
     if not found:
         evaluation.warnings.append(
@@ -175,7 +179,7 @@ def load_models(evaluation: Evaluation, items: list[Item]) -> ModelSource:
     fingerprint = base_fingerprint(base.path, evaluation.base_model)
     problems = []
     for folder in evaluation.adapters.values():
-        trained = versions.training_args(folder).get("base_fingerprint")
+        trained = _read_args(folder).get("base_fingerprint")
         if trained:
             errors, warnings = compare_fingerprints(trained, fingerprint)
             problems += [f"{folder}: {error}; name the right one by --base_model" for error in errors]
@@ -235,11 +239,20 @@ def _training_args(folder: Path) -> dict:
         raise UserError(
             f"{folder}: no adapter there ({CONFIG} or its weights are missing); name the folder that training wrote"
         )
-    return versions.training_args(folder)
+    return _read_args(folder)
+
+
+def _read_args(folder: Path) -> dict:
+    if not (folder / ARGS).is_file():
+        return {}
+    found = read_json(folder / ARGS)
+    if not isinstance(found, dict):
+        raise UserError(f"{folder / ARGS}: a JSON object was expected; train again")
+    return found
 
 
 def _trained_photos(folder: Path) -> set[str]:
-    return set((versions.training_args(folder).get("train_data") or {}).get("photos") or ())
+    return set((_read_args(folder).get("train_data") or {}).get("photos") or ())
 
 
 def _deployed(options: Options, advisor: str | None, warnings: list[str]) -> Path | None:

@@ -22,7 +22,10 @@ from .specification import (
     squeezed,
 )
 
-_NUMBER = re.compile(r"\s*\(?\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*(?:/\s*10(?:\.0)?)?\s*\)?\s*")
+_NUMBER = re.compile(
+    r"\s*\(?\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*(?:(?:/|out of)\s*(\d{1,4})(?:\.0)?|(%))?\s*(?:points?|stars?)?\s*\)?\s*",
+    re.I,
+)
 _MAX_NAME = 100  # characters of a dimension's name
 _MAX_EXTRA = 8  # levels of what a prompt asks for beyond the canonical keys
 _SCORE = DIMENSION_SPELLINGS["score"]
@@ -40,11 +43,15 @@ class AnalysisError(ValueError):
         return self.detail
 
 
-def number(value: Any) -> int | float | None:
-    """Return a score as a finite number, whole ones as int; None for what is no number ("8/10" and "8.1" are)."""
+def number(value: Any, highest: float = 10) -> int | float | None:
+    """Return a score as a finite number, whole ones as int; None for what is no number ("8/10" and "8.1" are).
+
+    ``highest`` is where the range of scores ends: "4/5" is no score out of 10, "85%" one out of 100.
+    """
     if isinstance(value, str):
         match = _NUMBER.fullmatch(value[:100])
-        value = float(match[1]) if match else None
+        ends = float(match[2] or (100 if match[3] else highest)) if match else None
+        value = float(match[1]) if ends == highest else None
     if not is_number(value):
         return None
     return int(value) if value == int(value) else value
@@ -53,17 +60,18 @@ def number(value: Any) -> int | float | None:
 # ------------------------------------------------------------------------------------------------ the canonical form
 
 
-def canonical(value: dict, extra: frozenset[str] = frozenset()) -> tuple[dict, list[str]]:
+def canonical(value: dict, extra: frozenset[str] = frozenset(), highest: float = 10) -> tuple[dict, list[str]]:
     """Return (analysis, mends) of a parsed answer in any of its shapes: ``dimensions`` as a list, the object
     ``dimensional_analysis`` with snake_case names and ``overall_grade`` as a string, or one key a dimension.
 
     Keys beyond the canonical ones are kept where they are in ``extra`` (what the prompt asks for), else dropped.
+    ``highest`` is where its range of scores ends.
     Raises AnalysisError ("no_scores", "misspelt_json", "missing_score") when no dimensions with scores are in it.
     """
     mends: list[str] = []
     listed = _listed_dimensions(value, mends)
-    found: dict[str, Any] = {"dimensions": [_dimension(item, extra, mends) for item in listed]}
-    found["overall_score"] = number(_first(value, SPELLINGS["overall_score"])[0])
+    found: dict[str, Any] = {"dimensions": [_dimension(item, extra, highest, mends) for item in listed]}
+    found["overall_score"] = number(_first(value, SPELLINGS["overall_score"])[0], highest)
     found["image_description"] = _text(_first(value, SPELLINGS["image_description"])[0])
     found["technical_notes"] = _text(value.get("technical_notes"))
     for key in ("key_strengths", "priority_improvements"):
@@ -135,7 +143,7 @@ def _listed_dimensions(value: dict, mends: list[str]) -> list[dict]:
     return dimensions
 
 
-def _dimension(item: dict, extra: frozenset[str], mends: list[str]) -> dict:
+def _dimension(item: dict, extra: frozenset[str], highest: float, mends: list[str]) -> dict:
     name, name_key = _first(item, DIMENSION_SPELLINGS["name"])
     if not isinstance(name, str) or not name.strip() or len(name) > _MAX_NAME:
         raise AnalysisError("misspelt_json", f"a dimension without a name: {_names(item)}")
@@ -143,11 +151,13 @@ def _dimension(item: dict, extra: frozenset[str], mends: list[str]) -> dict:
     if proper != name:
         mends.append("dimension_names")
     raw, score_key = _first(item, _SCORE)
-    score = number(raw)
+    score = number(raw, highest)
     if score is None:
         if score_key is None:
             raise AnalysisError("missing_score", f"{proper[:40]} has no score: {_names(item)}")
-        raise AnalysisError("missing_score", f"the score of {proper[:40]} is {json.dumps(raw)[:40]}, not a number")
+        raise AnalysisError(
+            "missing_score", f"the score of {proper[:40]} is {json.dumps(raw)[:40]}, not a number out of {highest:g}"
+        )
     if isinstance(raw, str):
         mends.append("score_text")
     texts = {key: _first(item, DIMENSION_SPELLINGS[key]) for key in ("comment", "recommendation")}
@@ -187,7 +197,7 @@ def compact_json(analysis: dict) -> str:
     return json.dumps(analysis, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def parse_lenient(text: str, extra: frozenset[str] = frozenset()) -> tuple[dict | None, list[str]]:
+def parse_lenient(text: str, extra: frozenset[str] = frozenset(), highest: float = 10) -> tuple[dict | None, list[str]]:
     """Return (analysis, mends): the last analysis object in a text and what had to be overlooked to read it.
 
     (None, []) when there is none. A fence and prose around the object are "text_around".
@@ -197,7 +207,7 @@ def parse_lenient(text: str, extra: frozenset[str] = frozenset()) -> tuple[dict 
         if not looks_like_analysis(value):
             continue
         try:
-            analysis, more = canonical(value, extra)
+            analysis, more = canonical(value, extra, highest)
         except AnalysisError:
             continue
         around = ["text_around"] if (text[:start] + text[end:]).strip() else []

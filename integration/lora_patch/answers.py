@@ -3,7 +3,8 @@
 import json
 import re
 
-from .prompts import demands_html
+from .prompts import demands_html, told_range
+from .score_range import USUAL
 
 
 def analysis_problem(text: str | None, prompt: str = "") -> str | None:
@@ -21,7 +22,12 @@ def analysis_problem(text: str | None, prompt: str = "") -> str | None:
     analysis = parse_analysis(text)
     if analysis is None:
         return "no JSON object"
-    return None if scores(analysis) else "no scored dimensions"
+    return None if scores(analysis, highest_of(prompt)) else "no scored dimensions"
+
+
+def highest_of(prompt: str | None) -> float:
+    """Return where the range of scores ends that a prompt asks for, 10 at least: a wider one is let pass."""
+    return max(10, (told_range(prompt or "") or USUAL)[1])
 
 
 def asks_for_analysis(prompt: str) -> bool:
@@ -43,20 +49,21 @@ def parse_analysis(text: str) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
-def scores(analysis: dict) -> list[float]:
-    """Return the dimensions' scores of either shape of analysis; [] unless every dimension has one from 0 to 10."""
+def scores(analysis: dict, highest: float = 10) -> list[float]:
+    """Return the dimensions' scores of either shape of analysis; [] unless each has one from 0 to ``highest``."""
     dimensions = analysis.get("dimensions") or analysis.get("dimensional_analysis")
     dimensions = list(dimensions.values()) if isinstance(dimensions, dict) else dimensions
     if not isinstance(dimensions, list) or not dimensions:
         return []
-    found = [score(one.get("score")) if isinstance(one, dict) else None for one in dimensions]
+    found = [score(one.get("score"), highest) if isinstance(one, dict) else None for one in dimensions]
     return found if None not in found else []
 
 
-def score(value) -> float | None:
-    """Return 8.1 for 8.1, "8.1" and "8.1/10"; None for what is no score from 0 to 10."""
-    match = re.match(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*$", str(value)) if not isinstance(value, bool) else None
-    return float(match[1]) if match and float(match[1]) <= 10 else None
+def score(value, highest: float = 10) -> float | None:
+    """Return 8.1 for 8.1, "8.1" and "8.1/10"; None for what is no score from 0 to ``highest``."""
+    form = r"\s*(\d{1,6}(?:\.\d+)?)\s*(?:/\s*\d{1,4})?\s*$"
+    match = re.match(form, str(value)[:40]) if not isinstance(value, bool) else None
+    return float(match[1]) if match and float(match[1]) <= highest else None
 
 
 def text_of(result) -> str | None:

@@ -1,16 +1,28 @@
 """The grammar of an answer: the schema that a prompt asks for, and llguidance's matcher of it, one a row."""
 
-from collections.abc import Iterable
+import math
 
 import numpy as np
 
+from .specification import DIMENSION_SPELLINGS, PromptSpecification
 from .vlm import Base
 
 
-def answer_schema(dimensions: Iterable[str]) -> dict:
-    """Return the JSON schema of the answer that a prompt with these dimensions asks for, keys in their order."""
+def answer_schema(specification: PromptSpecification) -> dict:
+    """Return the JSON schema of the answer that a prompt asks for: its keys in their order, without optional ones."""
+    low, high = specification.score_range
+    number = {"type": "number", "minimum": low, "maximum": high}
+    whole = range(math.ceil(low), int(high) + 1)
     text = {"type": "string", "minLength": 1}
-    texts = {"type": "array", "items": text, "minItems": 1, "maxItems": 5}
+    kinds = {
+        "text": text,
+        "texts": {"type": "array", "items": text, "minItems": 1, "maxItems": 5},
+        "whole": {**number, "type": "integer"},
+        **dict.fromkeys(("number", "mean", "decimal"), number),  # no JSON schema can demand 7.0 instead of 7
+        "quoted": {"enum": [str(score) for score in whole]},
+        "of_ten": {"enum": [f"{score}/{high:g}" for score in whole]},
+        "any": {},
+    }
 
     def closed(properties: dict) -> dict:
         return {
@@ -23,25 +35,17 @@ def answer_schema(dimensions: Iterable[str]) -> dict:
     scored = [
         closed(
             {
-                "name": {"const": name},
-                "score": {"type": "integer", "minimum": 1, "maximum": 10},
-                "comment": text,
-                "recommendation": text,
+                field.name: {"const": name} if field.name in DIMENSION_SPELLINGS["name"] else kinds[field.kind]
+                for field in specification.dimension_fields
+                if field.required
             }
         )
-        for name in dimensions
+        for name in specification.dimensions
     ]
-    listed = {"type": "array", "prefixItems": scored, "items": False, "minItems": len(scored), "maxItems": len(scored)}
-    return closed(
-        {
-            "image_description": text,
-            "dimensions": listed,
-            "overall_score": {"type": "number", "minimum": 1, "maximum": 10},
-            "key_strengths": texts,
-            "priority_improvements": texts,
-            "technical_notes": text,
-        }
-    )
+    count = len(scored)
+    kinds["list"] = {"type": "array", "prefixItems": scored, "items": False, "minItems": count, "maxItems": count}
+    kinds["object"] = closed(dict(zip(specification.dimensions, scored, strict=True)))
+    return closed({field.name: kinds[field.kind] for field in specification.fields if field.required})
 
 
 class Grammar:

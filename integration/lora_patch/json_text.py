@@ -33,28 +33,24 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
     Raises ValueError (JSONDecodeError with a position where there is one) for everything else, NaN included.
     """
     try:
-        return load_json(text), []
+        return _load(text), []
     except json.JSONDecodeError as error:
         original = error
     for mended, mends in ((text, []), (without_trailing_commas(text), ["trailing_comma"])):
         for strict, more in ((True, []), (False, ["raw_control_characters"])):
             try:
-                return load_json(mended, strict), [*mends, *more]
+                return _load(mended, strict=strict), [*mends, *more]
             except ValueError:
                 continue
     raise original
 
 
-def load_json(text: str, strict: bool = True) -> Any:
-    """Return a JSON value; ValueError, a JSONDecodeError where there is a position, also for NaN and endless nesting.
-
-    ``strict`` False lets control characters stand in strings.
-    """
+def _load(text: str, strict: bool = True) -> Any:
     try:
         value = json.loads(text, parse_constant=_refuse_constant, strict=strict)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if text.count("{") + text.count("[") > MAX_DEPTH and is_too_deep(value):
+    if is_too_deep(value):
         raise ValueError("nested too deeply")
     return value
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from .errors import LoraError
 from .json_text import balanced_end, is_number, without_trailing_commas
+from .score_range import USUAL, parse_score_range, read_score_range
 from .specification import (
     DIMENSION_KEYS,
     DIMENSION_SPELLINGS,
@@ -125,6 +126,7 @@ _ITEM = re.compile(  # a line of a list: numbered, with a bullet, a heading, or 
     r"|(?=\*\*))(?:\*\*|__|[\"'`])?(?P<name>[A-Za-z][\w&/'\u2019 -]{1,38}?)(?:\*\*|__|[\"'`])?"
     r"\s*(?:[-\u2013\u2014:(,;.]|\*\*|$)"
 )
+_NUMBER = r"\d{1,4}(?:\.\d{1,6})?"
 _NAME = re.compile(r"[A-Za-z][\w&/'\u2019-]*(?: [\w&/'\u2019-]+){0,3}")
 
 
@@ -141,21 +143,40 @@ class _Example:
 
 
 @functools.lru_cache(512)
-def read_specification(prompt: str, dimensions: str | None = None) -> PromptSpecification:
+def read_specification(
+    prompt: str, dimensions: str | None = None, score_range: str | None = None
+) -> PromptSpecification:
     """Return what a prompt demands of an answer, with the dimensions of ``dimensions`` ("7", "8" or names separated
-    by commas) where they are given. UnreadablePrompt says what cannot be told from it, and asks for --dimensions.
+    by commas) and the ``score_range`` ("0-100") where they are given. UnreadablePrompt says what cannot be told from
+    it, and asks for --dimensions.
     """
     prompt = prompt[:_MAX_PROMPT]
-    example = max(_examples(prompt), key=lambda e: (len(e.dimensions), len(e.fields)), default=None)
+    example = _example_of(prompt)
     shown = example.names if example else _names_in_pieces(prompt)
     around = prompt[: example.span[0]] + "\n" + prompt[example.span[1] :] if example else prompt
     whole = example.whole if example else True
     names = _given(dimensions, shown) if dimensions else _asked_for(around, list(dict.fromkeys(shown)), whole)
     scores, overall = _example_scores(example, prompt)
+    ends = parse_score_range(score_range) if score_range else read_score_range(prompt, scores)
     specification = PromptSpecification(
-        names, example_scores=scores, example_overall=overall, thinking="</think" in prompt
+        names,
+        example_scores=scores,
+        example_overall=overall,
+        thinking="</think" in prompt,
+        score_range=ends or USUAL,
     )
     return _with_fields(specification, example, around) if example else specification
+
+
+@functools.lru_cache(512)
+def told_range(prompt: str) -> tuple[float, float] | None:
+    """Return (lowest, highest) score that a prompt asks for; None where it does not tell."""
+    return read_score_range(prompt[:_MAX_PROMPT], _example_scores(_example_of(prompt[:_MAX_PROMPT]), prompt)[0])
+
+
+@functools.lru_cache(64)
+def _example_of(prompt: str) -> "_Example | None":
+    return max(_examples(prompt), key=lambda e: (len(e.dimensions), len(e.fields)), default=None)
 
 
 def _examples(prompt: str) -> Iterator[_Example]:
@@ -211,9 +232,10 @@ def _example_scores(example: _Example | None, prompt: str) -> tuple[tuple[float,
         overall = next((example.fields[k] for k in SPELLINGS["overall_score"] if k in example.fields), None)
         scores = [_as_number(_score_of(dimension)) for dimension in example.dimensions]
         return tuple(score for score in scores if score is not None), _as_number(overall)
-    scores = re.findall(r'"score"\s{0,9}:\s{0,9}(\d{1,2})|dimension-score">\((\d{1,2})/10\)', prompt)
-    found = re.search(r'"overall_score"\s{0,9}:\s{0,9}([\d.]{1,9})|overall-grade"><strong>([\d.]{1,9})/10', prompt)
-    return tuple(int(one or other) for one, other in scores), _as_number(found[1] or found[2]) if found else None
+    scores = re.findall(rf'"score"\s{{0,9}}:\s{{0,9}}({_NUMBER})|dimension-score">\(({_NUMBER})\s?/', prompt)
+    found = re.search(rf'"overall_score"\s{{0,9}}:\s{{0,9}}({_NUMBER})|overall-grade"><strong>({_NUMBER})\s?/', prompt)
+    scores = [_as_number(one or other) for one, other in scores]
+    return tuple(s for s in scores if s is not None), _as_number(found[1] or found[2]) if found else None
 
 
 def _score_of(dimension: dict) -> Any:
@@ -222,7 +244,7 @@ def _score_of(dimension: dict) -> Any:
 
 def _as_number(value: Any) -> float | None:
     if isinstance(value, str):
-        match = re.fullmatch(r"(\d{1,2}(?:\.\d{1,6})?)(?:\s*/\s*10)?\.?", value.strip())
+        match = re.fullmatch(rf"({_NUMBER})(?:\s*/\s*{_NUMBER})?\.?", value.strip())
         value = float(match[1]) if match else None
     return value if is_number(value) else None
 

@@ -17,6 +17,8 @@ from .answers import scores as scores_of
 from .arms import ARMS
 from .errors import LoraError, one_line
 from .jobs import COLUMNS, connect, key_and_columns
+from .prompts import read_prompts, told_range
+from .score_range import USUAL
 
 DONE, FAILED = ("done", "completed"), ("error", "failed", "failure", "timeout")
 PATIENCE = 3600  # seconds; a job with an arm that is unfinished for longer has failed
@@ -58,6 +60,7 @@ def read_jobs(path: Path, in_test: bool = False) -> list[AnsweredJob]:
     with contextlib.closing(db):
         try:
             key, names = key_and_columns(db)
+            highest = (told_range(read_prompts(db, "").system_prompt or "") or USUAL)[1]
             wanted = dict.fromkeys([key, *READ, *COLUMNS])
             columns = ", ".join(
                 f"CAST({name} AS BLOB) AS {name}" if name in names else f"NULL AS {name}" for name in wanted
@@ -67,7 +70,7 @@ def read_jobs(path: Path, in_test: bool = False) -> list[AnsweredJob]:
             for row in db.execute(f"SELECT {columns} FROM jobs{where}"):
                 texts = (None if value is None else bytes(value).decode("utf-8", "replace") for value in row)
                 raw = dict(zip(wanted, texts, strict=True))
-                if (job := _answered(raw, raw[key], photographs)) is not None:
+                if (job := _answered(raw, raw[key], photographs, highest)) is not None:
                     jobs.append(job)
         except sqlite3.Error as error:
             raise LoraError(f"{path}: not a readable database ({one_line(error)})") from error
@@ -76,7 +79,7 @@ def read_jobs(path: Path, in_test: bool = False) -> list[AnsweredJob]:
     return sorted(jobs, key=lambda job: job.at or 0)
 
 
-def _answered(raw: dict, key: str, photographs: "_Photographs") -> AnsweredJob | None:
+def _answered(raw: dict, key: str, photographs: "_Photographs", highest: float) -> AnsweredJob | None:
     """Return what the report needs of a row; None for a job that is still under way or never had an arm."""
     recorded, status, at = raw["model_used"] in ARMS, raw["status"] or "done", _when(raw)
     failed = recorded and (status in FAILED or (status not in DONE and time.time() - (at or 0) > PATIENCE))
@@ -84,7 +87,7 @@ def _answered(raw: dict, key: str, photographs: "_Photographs") -> AnsweredJob |
         return None
     arm = raw["model_used"] if recorded else {"lora": "fine_tuned", "baseline": "base"}.get(raw["mode"] or "baseline")
     fell_back = raw["model_fallback"] == "1"
-    valid, score = (False, None) if failed else _judged(raw)
+    valid, score = (False, None) if failed else _judged(raw, highest)
     return AnsweredJob(
         arm=arm or raw["mode"],
         recorded=recorded,
@@ -120,8 +123,11 @@ def _when(raw: dict) -> float | None:
     return None
 
 
-def _judged(raw: dict) -> tuple[bool, float | None]:
-    """Return (valid, overall score) of a row's answer: JSON, JSON under a heading, or the older HTML."""
+def _judged(raw: dict, highest: float) -> tuple[bool, float | None]:
+    """Return (valid, overall score in points of ten) of a row's answer: JSON, under a heading too, or the older HTML.
+
+    ``highest`` is where the range of scores ends that the system prompt asks for.
+    """
     texts = [raw["analysis_markdown"] or ""]
     try:
         outputs = json.loads(raw["llm_outputs"] or "{}")
@@ -132,9 +138,9 @@ def _judged(raw: dict) -> tuple[bool, float | None]:
         pass
     for text in texts:
         analysis = parse_analysis(text)
-        if analysis is not None and scores_of(analysis):
-            given = analysis.get("overall_score", analysis.get("overall_grade"))
-            return True, score_of(given)
+        if analysis is not None and scores_of(analysis, max(10, highest)):
+            given = score_of(analysis.get("overall_score", analysis.get("overall_grade")), max(10, highest))
+            return True, None if given is None or given > highest else given * 10 / highest
         if "dimension-score" in text:
             grade = re.search(r"overall-grade[^>]*>\s*(?:<strong>)?\s*(\d+(?:\.\d+)?)\s*/\s*10", text)
             return True, score_of(grade[1]) if grade else None

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .json_text import is_number, is_too_deep
+from .score_range import USUAL
 
 KEYS = (
     "image_description",
@@ -51,18 +52,17 @@ DIMENSION_SPELLINGS = {
     "comment": ("comment", "comments", "feedback"),
     "recommendation": ("recommendation", "recommendations"),
 }
-LOWEST, HIGHEST = 1, 10  # scores
-KINDS = {
+KINDS = {  # what is said of a value that is not of its kind
     "text": "is not a text, or empty",
     "texts": "is not a list of texts, or empty",
     "list": "is not a list of objects",  # of the dimensions, each with its name
     "object": "is not an object of objects",  # of the dimensions, by name
-    "whole": "is not a whole number from 1 to 10",
-    "decimal": "is not a number from 1 to 10 with a decimal point",  # 7.0
-    "number": "is not a number from 1 to 10",
-    "mean": "is not a number from 1 to 10",  # written with a decimal point
-    "quoted": "is not a score from 1 to 10 in quotes",  # "7"
-    "of_ten": 'is not a score such as "7/10"',
+    "whole": "is not a whole number from {low:g} to {high:g}",
+    "decimal": "is not a number from {low:g} to {high:g} with a decimal point",  # 7.0
+    "number": "is not a number from {low:g} to {high:g}",
+    "mean": "is not a number from {low:g} to {high:g}",  # written with a decimal point
+    "quoted": "is not a score from {low:g} to {high:g} in quotes",  # "7"
+    "of_ten": 'is not a score from {low:g} to {high:g} such as "{low:g}/{high:g}"',  # "7/10", or of another range's end
     "any": "is null",
 }
 _SCORES = ("whole", "decimal", "number", "mean", "quoted", "of_ten")
@@ -92,10 +92,13 @@ def canonical_key(key: str, spellings: dict[str, tuple[str, ...]]) -> str:
     return next((canonical for canonical, all_of_it in spellings.items() if key in all_of_it), key)
 
 
-def mean_score(dimensions: list[dict]) -> float:
-    """Return the overall score as the system prompt defines it: the mean of the dimensions, one decimal, half up."""
-    mean = sum(dimension["score"] for dimension in dimensions) / len(dimensions)
-    return math.floor(mean * 10 + 0.5 + 1e-9) / 10
+def mean_score(dimensions: list[dict], highest: float = 10) -> float:
+    """Return the overall score as the system prompt defines it: the mean of the dimensions, one decimal, half up.
+
+    Two decimals where scores reach no higher than 1.
+    """
+    mean, parts = sum(dimension["score"] for dimension in dimensions) / len(dimensions), 10 if highest > 1 else 100
+    return math.floor(mean * parts + 0.5 + 1e-9) / parts
 
 
 # ------------------------------------------------------------------------------------------------ the specification
@@ -109,14 +112,15 @@ class Field:
     kind: str
     required: bool = True
 
-    def fault(self, value: Any) -> str | None:
+    def fault(self, value: Any, score_range: tuple[float, float] = USUAL) -> str | None:
         """Say what is wrong with a value, None for a sound one. What is optional may be null or empty."""
+        low, high = score_range
         if not self.required and value in (None, "", []):
             return None
-        return None if _is(self.kind, value) else KINDS[self.kind]
+        return None if _is(self.kind, value, low, high) else KINDS[self.kind].format(low=low, high=high)
 
 
-def _is(kind: str, value: Any) -> bool:
+def _is(kind: str, value: Any, low: float, high: float) -> bool:
     if kind == "text":
         return isinstance(value, str) and bool(value.strip())
     if kind in ("texts", "list", "object"):
@@ -124,19 +128,19 @@ def _is(kind: str, value: Any) -> bool:
         items = list(value.values() if isinstance(value, dict) else value) if isinstance(value, holder) else []
         return bool(items) and all(isinstance(i, item) and (kind != "texts" or i.strip()) for i in items)
     if kind in ("quoted", "of_ten"):
-        ending = r"\s*/\s*10" if kind == "of_ten" else ""
-        match = re.fullmatch(rf"(\d{{1,3}}(?:\.\d{{1,6}})?){ending}", value) if isinstance(value, str) else None
-        return match is not None and LOWEST <= float(match[1]) <= HIGHEST
+        ending = rf"\s*/\s*{high:g}" if kind == "of_ten" else ""
+        match = re.fullmatch(rf"(\d{{1,4}}(?:\.\d{{1,6}})?){ending}", value) if isinstance(value, str) else None
+        return match is not None and low <= float(match[1]) <= high
     if kind in _SCORES:
         wanted = {"whole": int, "decimal": float}.get(kind, int | float)
-        return is_number(value) and isinstance(value, wanted) and LOWEST <= value <= HIGHEST
+        return is_number(value) and isinstance(value, wanted) and low <= value <= high
     return value is not None
 
 
-def _written(kind: str, value: Any) -> Any:
+def _written(kind: str, value: Any, highest: float) -> Any:
     """Return a canonical value in the form that a prompt demands."""
     if kind in ("quoted", "of_ten"):
-        return f"{value:g}" + ("/10" if kind == "of_ten" else "")
+        return f"{value:g}" + (f"/{highest:g}" if kind == "of_ten" else "")
     if kind in ("decimal", "mean"):
         return float(value)
     return int(value) if kind in ("whole", "number") and value == int(value) else value
@@ -168,6 +172,7 @@ class PromptSpecification:
     example_scores: tuple[float, ...] = ()  # in the prompt's example: what a model that parrots its prompt answers
     example_overall: float | None = None
     thinking: bool = False  # whether reasoning may stand before the object, in <thinking> tags
+    score_range: tuple[float, float] = USUAL  # lowest and highest score
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -180,6 +185,10 @@ class PromptSpecification:
         asked = {canonical_key(field.name, SPELLINGS) for field in self.fields}
         asked |= {canonical_key(field.name, DIMENSION_SPELLINGS) for field in self.dimension_fields}
         return frozenset(asked) - {*KEYS, *DIMENSION_KEYS}
+
+    def points(self, score: float) -> float:
+        """Return a score in points of ten, whatever the range of scores is."""
+        return score if self.score_range[1] == 10 else score * 10 / self.score_range[1]
 
     def to_dict(self) -> dict:
         """Return the specification as JSON can hold it."""
@@ -200,12 +209,15 @@ class PromptSpecification:
                 tuple(value["example_scores"]),
                 value["example_overall"],
                 value["thinking"],
+                tuple(value.get("score_range", USUAL)),  # records of earlier versions have none
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"no prompt specification ({error})") from None
         kinds = [field.kind for field in (*fields, *dimension_fields)]
         numbers = [*result.example_scores, *([] if result.example_overall is None else [result.example_overall])]
         sound = all(isinstance(kind, str) and kind in KINDS for kind in kinds) and all(map(is_number, numbers))
+        ends = result.score_range
+        sound = sound and len(ends) == 2 and all(map(is_number, ends)) and 0 <= ends[0] < ends[1]
         if not (sound and result.dimensions and all(isinstance(name, str) for name in result.dimensions)):
             raise ValueError("no prompt specification: a field of it is of the wrong kind")
         return result
@@ -216,7 +228,7 @@ class PromptSpecification:
         """Return what the prompt would find wrong with an answer, a sentence each; [] for a compliant one.
 
         Compliant: one JSON object and nothing around it (but for reasoning where the prompt allows it), exactly the
-        keys asked for, exactly the dimensions in their order, scores from 1 to 10 as they are to be written.
+        keys asked for, exactly the dimensions in their order, scores in the range asked for, as they are to be written.
         """
         if self.thinking and (thoughts := _THINKING.match(text)):
             text = text[thoughts.end() :]
@@ -230,7 +242,7 @@ class PromptSpecification:
         problems = [f"{field.name} is missing" for field in self.fields if field.required and field.name not in value]
         problems += [f"{key[:40]} is no key of an analysis" for key in value if key not in known]
         for key, field in known.items():
-            fault = field.fault(value[key]) if key in value else None
+            fault = field.fault(value[key], self.score_range) if key in value else None
             if fault:
                 problems.append(f"{key} {fault}")
             elif key in value and field.kind in ("list", "object"):
@@ -250,7 +262,8 @@ class PromptSpecification:
             if not required <= item.keys() <= known.keys():
                 problems.append(f"{label}: keys are not {', '.join(known)}")
                 continue
-            faults = ((key, known[key].fault(item[key])) for key in known if key in item and key != name_key)
+            there = [key for key in known if key in item and key != name_key]
+            faults = ((key, known[key].fault(item[key], self.score_range)) for key in there)
             problems += [f"{label}: {'the ' * (key == 'score')}{key} {fault}" for key, fault in faults if fault]
         return problems
 
@@ -267,7 +280,8 @@ class PromptSpecification:
             raise KeyError(", ".join(lacking))
         kept = [by_name[name] for name in self.names]
         dropped = len(kept) < len(analysis["dimensions"])
-        return {**analysis, "dimensions": kept, **({"overall_score": mean_score(kept)} if dropped else {})}, dropped
+        overall = {"overall_score": mean_score(kept, self.score_range[1])} if dropped else {}
+        return {**analysis, "dimensions": kept, **overall}, dropped
 
     def lacking(self, analysis: dict) -> list[str]:
         """Return what the prompt demands that an analysis does not have: dimensions, keys, keys of dimensions."""
@@ -285,20 +299,20 @@ class PromptSpecification:
         """
         analysis, _ = self.project(analysis)
         listed = [
-            _filled(self.dimension_fields, {**dimension, "name": spelled}, DIMENSION_SPELLINGS)
+            _filled(self.dimension_fields, {**dimension, "name": spelled}, DIMENSION_SPELLINGS, self.score_range[1])
             for spelled, dimension in zip(self.dimensions, analysis["dimensions"], strict=True)
         ]
         by_name = dict(zip(self.dimensions, listed, strict=True))
-        answer = _filled(self.fields, analysis, SPELLINGS)
+        answer = _filled(self.fields, analysis, SPELLINGS, self.score_range[1])
         for field in self.fields:
             if field.kind in ("list", "object"):
                 answer[field.name] = listed if field.kind == "list" else by_name
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def _filled(fields: tuple[Field, ...], values: dict, spellings: dict[str, tuple[str, ...]]) -> dict:
+def _filled(fields: tuple[Field, ...], values: dict, spellings: dict, highest: float) -> dict:
     keys = [(field, canonical_key(field.name, spellings)) for field in fields]
-    return {field.name: _written(field.kind, values[key]) for field, key in keys if key in values}
+    return {field.name: _written(field.kind, values[key], highest) for field, key in keys if key in values}
 
 
 def _no_number(name: str) -> None:

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from .errors import LoraError, listed, one_line
+from .errors import LoraError, one_line, refuse
 from .files import read_json
 from .hub import model_folder
 
@@ -408,8 +408,7 @@ def build_adapter(
         module.freeze()
         module.train(False)
         modules[name] = module
-    if problems:
-        raise LoraError(listed(problems))
+    refuse(problems)
     mx.eval([[m.lora_a, m.lora_b] for m in modules.values()])
     return LoraModules(rank, alpha, dropout, modules)
 

@@ -41,6 +41,7 @@ from integration.lora_patch import vlm  # noqa: E402
 from integration.lora_patch.engine import Engine, Request  # noqa: E402
 from integration.lora_patch.grammar import Grammar, answer_schema  # noqa: E402
 from integration.lora_patch.phrasebook import Continuations  # noqa: E402
+from integration.lora_patch.specification import PromptSpecification  # noqa: E402
 from tests.sample import scenes  # noqa: E402
 
 SHAPES = {
@@ -171,7 +172,9 @@ def grammar_of(names: tuple[str, ...], tokenizer: Path) -> Grammar:
     from transformers import AutoTokenizer
 
     found = AutoTokenizer.from_pretrained(tokenizer)
-    return Grammar(SimpleNamespace(processor=SimpleNamespace(tokenizer=found)), answer_schema(names))
+    return Grammar(
+        SimpleNamespace(processor=SimpleNamespace(tokenizer=found)), answer_schema(PromptSpecification(names))
+    )
 
 
 class Replay(Engine):

@@ -54,6 +54,7 @@ def test_a_manifest_row_is_whole(tree: Tree):
         "mends": [],
         "prompt_scores": [8, 7, 9, 6, 7, 8, 7],
         "prompt_overall": 7.4,
+        "prompt_range": [1, 10],
         "status": "completed",
         "mode": "baseline",
         "created_at": "2026-01-01 00:01:00",

@@ -137,7 +137,6 @@ BAD = {
     "overall": {"overall_score": 9.9},
     "overall 2": {"overall_score": None},
     "flat_scores": {"dimensions": dimensions(lambda d: {**d, "score": 5}), "overall_score": 5.0},
-    "sections": {"technical_notes": ""},
     "length": {"dimensions": dimensions(lambda d: {**d, "comment": " ".join(f"a stone of {i}," for i in range(40))})},
     "boilerplate": {"dimensions": dimensions(lambda d: {**d, "recommendation": "Add elements to the foreground."})},
     "mends": {},
@@ -151,8 +150,7 @@ def test_each_gate_finds_its_fault(tree: Tree, name: str):
     tree.job("bad", tree.photo("bad.jpg", 50), text)
     tree.link()
     for level in ("reject", "warn", "off"):
-        options = ("--gate", f"{gate}={level}", "--gate", f"{'sections' if gate != 'sections' else 'length'}=off")
-        assert tree.prepare(*options).exit_code == 0
+        assert tree.prepare("--gate", f"{gate}={level}").exit_code == 0
         bad = verdicts(tree)["bad"]
         if level == "reject":
             assert bad["side"] is None and gate in bad["verdicts"]
@@ -388,9 +386,7 @@ def test_copies_fall_on_one_side(tree: Tree, keep: str):
 
 def test_the_newest_that_passes_all_gates_is_kept(tree: Tree):
     tree.job("newer", "photo-0.jpg", analysis(60), created_at="2026-02-01T10:00:00.5")
-    tree.job(
-        "newest, with a warning", "photo-0.jpg", analysis(61, technical_notes=""), created_at="2026-02-02 10:00:00"
-    )
+    tree.job("newest, with a warning", "photo-0.jpg", analysis(61, overall_score=9.9), created_at="2026-02-02 10:00:00")
     tree.job("newest, rejected", "photo-0.jpg", analysis(62, technical_notes=LOOP), created_at="2026-02-03 10:00:00")
     ready(tree)
     rows = verdicts(tree)
@@ -398,6 +394,108 @@ def test_the_newest_that_passes_all_gates_is_kept(tree: Tree):
     assert [rows[job]["detail"] for job in ("good-0", "newest, with a warning")] == [
         "job newer is kept for this photograph"
     ] * 2
+
+
+OLDER = "".join(
+    card(name, 5 + i % 3, f"The {name} of an old photograph holds.", f"Try another {name.lower()} at dusk.")
+    for i, name in enumerate(DIMENSIONS7)
+)
+SECTIONS = ',"key_strengths":["Light"],"priority_improvements":["Depth"],"technical_notes":"Grain"}'
+
+
+@pytest.mark.parametrize(
+    ("system_prompt", "open_places"),
+    [
+        (SYSTEM_PROMPT[:-1] + SECTIONS, ["}"]),
+        (
+            SYSTEM_PROMPT.replace('"overall_score":7.4}', SECTIONS[1:-1] + ',"overall_score":7.4}'),
+            [',"overall_score":'],
+        ),
+    ],
+)
+def test_leaving_out_what_an_older_analysis_lacks_is_not_taught(tmp_path: Path, system_prompt, open_places):
+    tree = Tree(tmp_path, system_prompt=system_prompt)
+    tree.good(9)
+    tree.job("html", tree.photo("old.jpg", 40), page(OLDER))
+    ready(tree)
+    assert "sections" in verdicts(tree)["html"]["verdicts"] and not verdicts(tree)["good-1"]["verdicts"]
+    rows = {row["job_id"]: row for row in tree.rows("ansel_train") + tree.rows("ansel_val")}
+    assert masked(rows["html"]) == open_places and masked(rows["good-1"]) == []
+    why = tree.prepare("--why", "html").output
+    assert f"out of the loss: {open_places[0]}" in why and "key_strengths" in why
+    ready(tree, "--gate", "sections=warn")
+    assert not any(row["masked_spans"] for row in tree.rows("ansel_train") + tree.rows("ansel_val"))
+    ready(tree, "--gate", "sections=reject")
+    assert verdicts(tree)["html"]["reason"] == "sections"
+
+
+def test_sections_that_the_prompt_does_not_ask_for_are_not_missed(tree: Tree):
+    tree.job("short", tree.photo("short.jpg", 50), analysis(50, technical_notes=None))
+    ready(tree)
+    assert verdicts(tree)["short"]["verdicts"] == {}
+
+
+# ------------------------------------------------------------------------------------------------ ranges of scores
+
+
+def scaled(seed: int, highest: float) -> dict:
+    """An analysis with scores on another scale."""
+    found = analysis(seed)
+    for item in (*found["dimensions"], found):
+        key = "score" if "score" in item else "overall_score"
+        item[key] = round(item[key] * highest / 10, 3)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("highest", "says"),
+    [(100, "Scores: 0-100."), (1, "Scores are decimals between 0.0 and 1.0."), (5, "Rate out of 5 stars.")],
+)
+def test_scores_of_another_range(tmp_path: Path, highest, says):
+    prompt = re.sub(r'"(score|overall_score)":[\d.]+', r'"\1": <score>', SYSTEM_PROMPT)
+    tree = Tree(tmp_path, system_prompt=f"{says}\n{prompt}")
+    for seed in range(10):
+        found = scaled(seed, highest)
+        found["dimensions"][0]["score"] = f"{found['dimensions'][0]['score']}/{highest}"
+        tree.job(f"good-{seed}", tree.photo(f"photo-{seed}.jpg", seed), found)
+    tree.job("outside", tree.photo("outside.jpg", 50), scaled(50, highest * 9))
+    tree.link()
+    assert tree.reasons() == {"outside": "score_out_of_range"}
+    assert f"to {highest}" in tree.rows("manifest_rejected")[0]["detail"]
+    assert all(row["prompt_range"][1] == highest for row in tree.rows("manifest"))
+    assert tree.prepare().exit_code == 0
+    specification = read_specification(f"{says}\n{prompt}")
+    rows = tree.rows("ansel_train") + tree.rows("ansel_val")
+    assert len(rows) == 10 and tree.meta()["gates"]["overall"]["found"] == 0
+    assert [specification.check(row["response"]) for row in rows] == [[]] * 10
+    card = (tree.folder / "out/training_data_ansel_card.html").read_text()
+    counts = [re.findall(r"(\d+) and (\d+)", told) for told in re.findall(r'aria-label="([^"]*)"', card)]
+    assert [sum(int(n) for pair in found for n in pair) for found in counts if found][:2] == [10, 10]
+
+
+def test_analyses_of_another_scale_than_todays_prompt_are_left_out(tree: Tree):
+    prompt = SYSTEM_PROMPT + " Scores are whole numbers from 0 to 100."
+    tree.job("percent", tree.photo("percent.jpg", 50), scaled(50, 100), prompt=prompt)
+    tree.job("low", tree.photo("low.jpg", 51), scaled(51, 10), prompt=prompt)
+    ready(tree)
+    assert {row["job_id"]: row["reason"] for row in tree.rows("ansel_verdicts") if row["reason"]} == {
+        "percent": "score_range",
+        "low": "score_range",
+    }
+    assert "scored from 0 to 100, the prompt asks for 1 to 10" in verdicts(tree)["low"]["detail"]
+
+
+def test_a_range_that_no_prompt_tells_is_named(tmp_path: Path):
+    tree = Tree(tmp_path, system_prompt=re.sub(r'"(score|overall_score)":[\d.]+', r'"\1": <score>', SYSTEM_PROMPT))
+    for seed in range(6):
+        tree.job(f"good-{seed}", tree.photo(f"photo-{seed}.jpg", seed), scaled(seed, 100))
+    assert tree.link().exit_code == 1 and "--score_range" in tree.link().output
+    assert tree.link("--score_range", "0-100").exit_code == 0
+    assert tree.prepare("--score_range", "0-100").exit_code == 0
+    assert tree.meta()["specification"]["score_range"] == [0, 100]
+    for wrong in ("100", "5-1", "ten", "0-100000"):
+        result = tree.link("--score_range", wrong)
+        assert result.exit_code == 1 and f"--score_range {wrong}: write the lowest" in result.output
 
 
 def sides_of(tree: Tree) -> dict[str, str]:

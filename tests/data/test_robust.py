@@ -90,7 +90,7 @@ def test_every_reader_is_linear(name):
 
 
 def test_a_fault_of_a_reader_is_the_rows_reason(tree: Tree, monkeypatch):
-    def broken(text, advisor):
+    def broken(text, advisor, highest):
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr("common.data.sources.html_to_analysis", broken)

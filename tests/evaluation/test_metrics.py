@@ -13,6 +13,7 @@ from common.evaluation.gates import DEFAULT_GATES, Gate, decide, failed, format_
 from common.evaluation.intervals import Figure
 from common.evaluation.metrics import Summary
 from integration.lora_patch.analysis import compact_json
+from integration.lora_patch.prompts import read_specification
 from integration.lora_patch.repetition import repeated_tail
 from integration.lora_patch.specification import DIMENSIONS7, PromptSpecification
 from tests.simulations.intervals import coverage, what_can_be_shown
@@ -462,3 +463,22 @@ def test_values_are_shown_with_their_units():
     assert format_value("speed.seconds", 2.34) == "2.34 s"
     assert format_value("speed.tokens_per_second", 41.26) == "41.3/s"
     assert format_value("loss.nats", None) == "not measured"
+
+
+@pytest.mark.parametrize(("highest", "says"), [(100, "Scores: 0-100."), (5, "Scores: 1-5.")])
+def test_figures_are_in_points_of_ten_whatever_the_range_of_scores(highest, says):
+    specification = read_specification(f"{says} {', '.join(DIMENSIONS7)}.")
+    answer, reference = analysis(highest), analysis(highest // 2)
+    text = specification.render(answer)
+    verdict = judge.judge(text, "stop", specification)
+    assert (verdict["strict"], verdict["failures"]) == (True, [])
+    over = judge.judge(specification.render(analysis(2 * highest)), "stop", specification)
+    assert "out_of_range" in over["failures"]
+    prompt = {"specification": specification.to_dict(), "dimensions": list(DIMENSIONS7)}
+    prompt["example_scores"] = [highest] * 7
+    measured = judge.measure(text, verdict, reference, prompt)
+    assert set(measured["scores"].values()) == {10} and measured["example_scores"]
+    response = specification.render(reference)
+    start, end = judge.score_spans(response, highest)["Lighting"]
+    scores = judge.reference_scores(response, reference, [[start, end]], highest)
+    assert "Lighting" not in scores and scores["Composition"] == 10 * (highest // 2) / highest

@@ -14,6 +14,7 @@ from integration.lora_patch.errors import LoraError
 from integration.lora_patch.grammar import Grammar, answer_schema
 from integration.lora_patch.phrasebook import Continuations, read_phrasebook, write_phrasebook
 from integration.lora_patch.sources import adapter_in
+from integration.lora_patch.specification import PromptSpecification
 from tests.evaluation_case import make_adapter, make_data
 
 ANSWERS, TOKENS = 240, 20
@@ -84,7 +85,7 @@ def test_the_base_drafts_from_its_own_text(engine, requests, always):
 
 
 def test_an_answer_bound_to_a_grammar_is_the_same_with_drafts(engine, adapter, requests, always):
-    grammar = Grammar(engine.base, answer_schema(DIMENSIONS))
+    grammar = Grammar(engine.base, answer_schema(PromptSpecification(DIMENSIONS)))
     for request in requests[:3]:
         bound = Request(request.row, request.key, grammar=grammar)
         (alone,) = engine.generate([bound], 1, 60, adapter=adapter, drafting=False)
@@ -161,7 +162,7 @@ def test_a_draft_is_as_long_as_its_chances_are_worth():
 
 
 def test_the_schema_is_followed_until_an_answer_leaves_it(engine):
-    grammar = Grammar(engine.base, answer_schema(DIMENSIONS))
+    grammar = Grammar(engine.base, answer_schema(PromptSpecification(DIMENSIONS)))
     encode = lambda text: engine.base.processor.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     drafter, tokens = Drafter(Pace(), None, grammar, None), encode('{"')
     drafted = drafter.propose(tokens, 16)

@@ -224,7 +224,7 @@ def test_stream_gives_the_same_tokens(engine, adapter, requests, one_by_one):
 
 
 def test_grammar_makes_even_random_weights_comply(engine, adapter, base, requests):
-    grammar = Grammar(base, answer_schema(DIMENSIONS7))
+    grammar = Grammar(base, answer_schema(PromptSpecification(DIMENSIONS7)))
     bound = [Request(request.row, request.key, 0, grammar) for request in requests[:3]]
     answers = list(engine.generate(bound, 3, 1200, Sampling(1.0, 4), adapter))
     finished = [engine.text(answer.tokens) for answer in answers if answer.finish == "stop"]
@@ -295,7 +295,7 @@ def step_primitives(engine: Engine, adapter, row: vlm.Row) -> int:
 
 
 def test_schema_lists_the_dimensions_in_order():
-    listed = answer_schema(["B", "A"])["properties"]["dimensions"]
+    listed = answer_schema(PromptSpecification(("B", "A")))["properties"]["dimensions"]
     assert [item["properties"]["name"]["const"] for item in listed["prefixItems"]] == ["B", "A"]
     assert (listed["minItems"], listed["maxItems"]) == (2, 2)
     json.dumps(listed)
