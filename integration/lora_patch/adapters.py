@@ -1,5 +1,6 @@
 """Read adapter folders of this and other software into matrices that can be switched on; checked, never trusted."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -113,15 +114,12 @@ def _read_folder(folder: Path, expected: dict, lora_scale: float | None) -> tupl
     folder = Path(folder)
     if not folder.is_dir():
         raise LoraError(f"{folder}: no such adapter folder")
-    present = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    if not present:
-        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        if pickles:
-            raise LoraError(f"{folder}: holds {pickles[0]} but no safetensors; pickle is never read: convert it")
-        raise LoraError(f"{folder}: no {WEIGHTS[0]} or {WEIGHTS[1]}; name the folder that training wrote")
+    present = _weights(folder)
     config_file = folder / CONFIG
     if not config_file.is_file():
-        raise LoraError(f"{folder}: no adapter_config.json beside {present[0].name}; without it the scale is unknown")
+        raise LoraError(
+            f"{folder}: no adapter_config.json beside {present[0][0].name}; without it the scale is unknown"
+        )
     config = read_json(config_file)
     _check_plain(config, config_file)
     for name in expected:
@@ -132,11 +130,15 @@ def _read_folder(folder: Path, expected: dict, lora_scale: float | None) -> tupl
             raise LoraError(f"{folder}: {name}, which was deployed, is missing")
     if lora_scale is not None and _scale_is_unknown(config):
         config = config | {"lora_parameters": {"rank": config["rank"], "scale": lora_scale}}
-    tensors, digest = _read_tensors(present[0])
-    updates = _pair(present[0], tensors, config)
+    tensors, digest = _read_files(present[0])
+    updates = _pair(present[0][0], tensors, config)
     for other in present[1:]:
-        if not _same(tensors, _read_tensors(other)[0]):
-            raise LoraError(f"{folder}: {present[0].name} and {other.name} hold different adapters; copy it again")
+        if not _same(tensors, _read_files(other)[0]):
+            raise LoraError(
+                f"{folder}: {present[0][0].name} and {other[0].name} hold different adapters; copy it again"
+            )
+    if not any(scale for _, _, scale, _ in updates.values()):
+        raise LoraError(f"{config_file}: the scale is 0, so the adapter would change nothing")
     scale = _mlx_scale(config, config_file)
     uniform = not (config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"))
     if uniform and scale is not None and {"r", "lora_alpha"} <= config.keys():
@@ -145,6 +147,35 @@ def _read_folder(folder: Path, expected: dict, lora_scale: float | None) -> tupl
             raise LoraError(f"{config_file}: lora_parameters.scale is {scale:g} but lora_alpha / r is {own:g}")
     digest = hashlib.sha256(f"{digest} {json.dumps(config, sort_keys=True)}".encode()).hexdigest()
     return updates, digest, _training_notes(folder) | {"config": config}
+
+
+def _weights(folder: Path) -> list[list[Path]]:
+    """Return the weights in a folder, as often as they are there: a file, or the files that they are split into."""
+    present = [[folder / name] for name in WEIGHTS if (folder / name).is_file()]
+    shards = sorted(folder.glob("adapter*-*-of-*.safetensors"))
+    if present:
+        return present
+    if shards:
+        count = re.search(r"-of-(\d+)", shards[-1].name)
+        if not count or len(shards) != int(count[1]):
+            raise LoraError(f"{folder}: {len(shards)} files as {shards[0].name}, not all of one adapter; copy it again")
+        return [shards]
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise LoraError(f"{folder}: holds {pickles[0]} but no safetensors; pickle is never read: convert it, with "
+                        "torch.load(FILE, weights_only=True) and safetensors.torch.save_file")  # fmt: skip
+    steps = sorted(path.name for path in folder.glob("*_adapters.safetensors"))
+    more = f"; copy the step to use, such as {steps[-1]}, to {WEIGHTS[0]}" if steps else ""
+    raise LoraError(f"{folder}: no {WEIGHTS[0]} or {WEIGHTS[1]}{more or '; name the folder that training wrote'}")
+
+
+def _read_files(paths: list[Path]) -> tuple[dict, str]:
+    """Return what `_read_tensors` returns, of all files together."""
+    read = [_read_tensors(path) for path in paths]
+    if len(read) == 1:
+        return read[0]
+    digest = hashlib.sha256(" ".join(sha for _, sha in read).encode()).hexdigest()
+    return {name: tensor for tensors, _ in read for name, tensor in tensors.items()}, digest
 
 
 def _same(one: dict, other: dict) -> bool:
@@ -169,16 +200,28 @@ def _scale_is_unknown(config: dict) -> bool:
     return not named and len(numbers) == 2 and abs(numbers[0]) >= 1 and numbers[1] > 1
 
 
+# LoraConfig of peft 0.21.2: each adds something that A and B do not hold, or is used otherwise than on each token
+MORE_THAN_LORA = (
+    "use_dora", "modules_to_save", "fan_in_fan_out", "megatron_config", "lora_bias", "alora_invocation_tokens",
+    "layer_replication", "trainable_token_indices", "target_parameters", "use_qalora", "use_bdlora", "arrow_config",
+    "kasa_config", "monteclora_config",
+)  # fmt: skip
+CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings of init_lora_weights
+
+
 def _check_plain(config: dict, path: Path) -> None:
     """Refuse what is more than LoRA; tensors that do not belong (trained biases) are refused where they are met."""
-    kinds = ("use_dora", "modules_to_save", "fan_in_fan_out", "megatron_config")
-    unsupported = [key for key in kinds if config.get(key)]
+    unsupported = [key for key in MORE_THAN_LORA if config.get(key)]
     if config.get("fine_tune_type") in ("dora", "full"):
         unsupported.append(f"fine_tune_type {config['fine_tune_type']}")
     if config.get("peft_type") not in (None, "LORA"):
         unsupported.append(f"peft_type {str(config['peft_type'])[:40]}")
     if unsupported:
         raise LoraError(f"{path}: {', '.join(unsupported)}: not plain LoRA")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGED_BASES):
+        raise LoraError(f"{path}: init_lora_weights {start[:20]} changed the base that this was trained on; save it "
+                        "with PEFT's path_initial_model_for_weight_conversion, for the untouched one")  # fmt: skip
 
 
 def _training_notes(folder: Path) -> dict:
@@ -255,7 +298,7 @@ def _pair(file: Path, tensors: dict, config: dict) -> dict:
         if a.shape[1] != b.shape[0]:
             problems.append(f"{module}: A has rank {a.shape[1]}, B {b.shape[0]}")
         elif not _is_targeted(config, key, is_peft):
-            problems.append(f"{module}: adapter_config.json's target_modules leaves it out")
+            problems.append(f"{module}: adapter_config.json leaves it out (target_modules, layers_to_transform ...)")
         else:
             scale, rank = _module_scale(file.parent / CONFIG, config, key, is_peft)
             if rank is not None and rank != a.shape[1]:
@@ -269,11 +312,31 @@ def _pair(file: Path, tensors: dict, config: dict) -> dict:
 
 
 def _is_targeted(config: dict, key: str, is_peft: bool) -> bool:
-    """Tell whether PEFT would use this tensor: it drops, silently, what target_modules does not match."""
-    targets = config.get("target_modules")
-    if not is_peft or targets is None or targets == "all-linear":
+    """Tell whether PEFT would use this tensor: it drops, silently, what its config does not name."""
+    if not is_peft:
         return True
     name = _peft_module(key)
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if config.get("exclude_modules") and _names(config["exclude_modules"], name):
+        return False
+    if layers is not None and _layer(config.get("layers_pattern"), name) not in (
+        layers if isinstance(layers, list) else [layers]
+    ):
+        return False
+    return targets is None or targets == "all-linear" or _names(targets, name)
+
+
+def _layer(patterns, name: str) -> int | None:
+    """Return the number of the layer that a module is in, as PEFT takes it from its name."""
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]:
+        with contextlib.suppress(re.error):
+            if match := re.match(rf".*\.{pattern}\.(\d+)\.", name):
+                return int(match[1])
+    return None
+
+
+def _names(targets, name: str) -> bool:
+    """Tell whether PEFT's ``targets``, a regular expression or endings of names, mean the module ``name``."""
     if isinstance(targets, str):
         try:
             return re.fullmatch(targets, name) is not None
@@ -334,12 +397,16 @@ def _pattern(patterns, name: str, default):
 
 
 def _number(value, name: str, path: Path) -> float:
+    if value is None:
+        raise LoraError(f"{path}: {name} is missing; add the one that the adapter was trained with")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise LoraError(f"{path}: {name} is {str(value)[:40]}, not a number")
     return float(value)
 
 
 def _rank(value, name: str, path: Path) -> int:
+    if value is None:
+        raise LoraError(f"{path}: {name} is missing; add the one that the adapter was trained with")
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65536:
         raise LoraError(f"{path}: {name} is {str(value)[:40]}, not a rank")
     return value

@@ -63,7 +63,11 @@ def check_base(adapter: Adapter, served: Base | None) -> list[str]:
                 raise LoraError(f"{adapter.path}: {'; '.join(errors)}")
         check_shapes(adapter, served.linear)
     if adapter.trained_on is None:
-        return [f"{adapter.path}: says nothing of its base model; only shapes can be checked"]
+        name = adapter.config.get("base_model_name_or_path")
+        says = (
+            f"only the name of its base model ({name[:100]})" if isinstance(name, str) else "nothing of its base model"
+        )
+        return [f"{adapter.path}: says {says}; only shapes can be checked"]
     if served is None:
         return [f"{adapter.path}: the served model's files were not found; only shapes can be checked"]
     return [f"{adapter.path}: {doubt}" for doubt in doubts]

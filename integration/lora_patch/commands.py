@@ -26,8 +26,9 @@ def check_adapters(given: argparse.Namespace) -> None:
         warnings_ = check_base(adapter, base) if given.base_model else []
         who = "every advisor" if advisor == EVERYONE else advisor
         ranks = ", ".join(map(str, adapter.ranks))
+        base_name = (adapter.trained_on or {}).get("name") or adapter.config.get("base_model_name_or_path")
         print(f"{who}: {adapter.path}, {adapter.version}, rank {ranks}, {len(adapter.layers)} modules, "
-              f"{adapter.nbytes / 1e6:.1f} MB, base {(adapter.trained_on or {}).get('name', 'unknown')}")  # fmt: skip
+              f"{adapter.nbytes / 1e6:.1f} MB, base {base_name or 'unknown'}")  # fmt: skip
         for warning in warnings_:
             print(f"warning: {warning}")
     waiting = unpromoted(Path(given.lora_path).expanduser()) if given.lora_path else []

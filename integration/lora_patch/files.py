@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict:
     try:
         if path.stat().st_size > MAX_JSON:
             raise LoraError(f"{path}: larger than {MAX_JSON >> 20} MB; that is no configuration")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # as Windows writes it
     except LoraError:
         raise
     except FileNotFoundError:

@@ -408,6 +408,15 @@ HOSTILE = {
     "a config that is a list": (write("adapter_config.json", "[]"), "a JSON object was expected"),
     "a scale that is NaN": (spoil_config(lora_parameters={"rank": 4, "scale": float("nan")}), "not a number"),
     "scales that disagree": (spoil_config(lora_alpha=80), "lora_parameters.scale is 2 but lora_alpha / r is 20"),
+    "a scale of 0": (spoil_config(lora_alpha=0, lora_parameters={"rank": 4, "scale": 0}), "the scale is 0"),
+    "no alpha": (spoil_config(lora_alpha=None, lora_parameters=None), "lora_alpha is missing; add the one"),
+    "steps of mlx-lm": (
+        lambda folder, base: [
+            (folder / "adapters.safetensors").rename(folder / "0000100_adapters.safetensors"),
+            (folder / "adapter_model.safetensors").unlink(),
+        ],
+        "copy the step to use, such as 0000100_adapters.safetensors, to adapters.safetensors",
+    ),
     "a rank that is wrong": (
         spoil_config(r=8, lora_alpha=16, lora_parameters={"rank": 8, "scale": 2.0}),
         "rank 4, but",
@@ -432,10 +441,56 @@ def test_a_hostile_adapter_is_refused_with_one_line(kind, adapter, tiny_base):
 
 def test_peft_tensors_that_its_config_leaves_out_are_refused(tmp_path, tiny_base):
     folder = peft_folder(tmp_path / "peft", tiny_base, {"target_modules": ["q_proj"]})
-    with pytest.raises(LoraError, match="target_modules leaves it out"):
+    with pytest.raises(LoraError, match="adapter_config.json leaves it out"):
         read_adapter(source(folder))
     only = peft_folder(tmp_path / "only", tiny_base, {"target_modules": ["q_proj"]}, modules=["q_proj"])
     assert set(read_adapter(source(only)).layers) == {m for m in linear_shapes(tiny_base) if m.endswith("q_proj")}
+
+
+@pytest.mark.parametrize(
+    "config", [{"layers_to_transform": [0]}, {"layers_to_transform": 0, "layers_pattern": "layers"},
+               {"layers_to_transform": [0], "layers_pattern": ["("]}, {"exclude_modules": ["k_proj"]},
+               {"exclude_modules": r".*\.k_proj"}],
+)  # fmt: skip
+def test_what_else_a_config_of_peft_leaves_out_is_refused(config, tmp_path, tiny_base):
+    with pytest.raises(LoraError, match="adapter_config.json leaves it out"):
+        read_adapter(source(peft_folder(tmp_path / "peft", tiny_base, config)))
+
+
+def test_an_adapter_on_one_layer_is_read(tmp_path, tiny_base):
+    folder = peft_folder(tmp_path / "peft", tiny_base, {"layers_to_transform": [0]})
+    tensors = mx.load(str(folder / "adapter_model.safetensors"))
+    own = {name: tensor for name, tensor in tensors.items() if ".layers.0." in name}
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), own)
+    assert set(read_adapter(source(folder)).layers) == {m for m in linear_shapes(tiny_base) if ".layers.0." in m}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"init_lora_weights": name} for name in ("pissa_niter_4", "olora", "corda", "loftq")]
+    + [{"alora_invocation_tokens": [5]}, {"layer_replication": [[0, 2]]}, {"lora_bias": True}, {"use_qalora": True}],
+)
+def test_what_is_more_than_an_update_of_the_untouched_base_is_refused(config, tmp_path, tiny_base):
+    """Applied like plain LoRA, each would answer otherwise than where it was trained, without a word."""
+    with pytest.raises(LoraError, match=next(iter(config))):
+        read_adapter(source(peft_folder(tmp_path / "peft", tiny_base, config)))
+    read_adapter(source(peft_folder(tmp_path / "plain", tiny_base, {"init_lora_weights": "gaussian"})))
+
+
+def test_an_adapter_split_into_several_files(tmp_path, tiny_base):
+    folder = peft_folder(tmp_path / "peft", tiny_base, {})
+    whole = read_adapter(source(folder)).layers
+    tensors = mx.load(str(folder / "adapter_model.safetensors"))
+    (folder / "adapter_model.safetensors").unlink()
+    for part in (1, 2):
+        own = dict(sorted(tensors.items())[part - 1 :: 2])
+        mx.save_safetensors(str(folder / f"adapter_model-0000{part}-of-00002.safetensors"), own)
+    read = read_adapter(source(folder)).layers
+    assert read.keys() == whole.keys()
+    assert all(mx.array_equal(read[m][half], whole[m][half]) for m in whole for half in (0, 1))
+    (folder / "adapter_model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(LoraError, match="1 files as adapter_model-00001-of-00002.safetensors, not all"):
+        read_adapter(source(folder))
 
 
 def test_shapes_of_another_model_are_refused_before_and_after_loading(tmp_path, tiny_base, base, adapter):
