@@ -21,7 +21,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from common.cli import PhaseCommand, command_line, next_step, option_group, print_settings, write_config
+from common.cli import PATH, PhaseCommand, command_line, next_step, option, option_group, print_settings, write_config
 from common.evaluation import report
 from common.evaluation.comparison import recomputed
 from common.evaluation.gates import Gate, load_gates, undecided_speed
@@ -37,84 +37,60 @@ AUTO = "auto"
 
 @click.command(cls=PhaseCommand, help=__doc__)
 @option_group("Model")
-@click.option(
+@option(
     "--lora_path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="adapter folder, the candidate; with --photo also the folder of all adapters  [default: models]",
 )
-@click.option("--base_model", help="hub id or folder  [default: the one the adapter was trained on]")
-@click.option(
+@option("--base_model", help="hub id or folder  [default: the one the adapter was trained on]")
+@option(
     "--deployed",
     default=AUTO,
-    show_default=True,
     help="adapter in use: its folder, its deployed.json, none, or auto (models/ADVISOR/deployed.json)",
 )
 @option_group("Data")
-@click.option(
-    "--photo",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="only show what base and adapter say of this photograph; may be repeated",
+@option(
+    "--photo", multiple=True, type=PATH, help="only show what base and adapter say of this photograph; may be repeated"
 )
-@click.option("--advisor", help="with --photo: whose adapter, where models holds several")
-@click.option("--versions", help="with --photo: v1,v2 in place of base and the adapter in use, else the newest")
-@click.option("--val_data", help="held-out examples  [default: the validation data of the training]")
-@click.option("--max_examples", type=click.IntRange(1), help="only the first so many")
-@click.option(
+@option("--advisor", help="with --photo: whose adapter, where models holds several")
+@option("--versions", help="with --photo: v1,v2 in place of base and the adapter in use, else the newest")
+@option("--val_data", help="held-out examples  [default: the validation data of the training]")
+@option("--max_examples", type=click.IntRange(1), help="only the first so many")
+@option(
     "--max_image_size", type=click.IntRange(32), help="long side of a photograph in pixels  [default: as in training]"
 )
 @option_group("Generation")
-@click.option(
-    "--num_samples", default=1, show_default=True, type=click.IntRange(1), help="outputs a photograph and adapter"
+@option("--num_samples", default=1, type=click.IntRange(1), help="outputs a photograph and adapter")
+@option("--temperature", default=0.0, type=click.FloatRange(0), help="0: greedy")
+@option("--seed", default=0, type=click.IntRange(0), help="of sampled outputs")
+@option(
+    "--max_tokens", default=AUTO, help="token limit of an output, or auto: twice the longest reference, at most 2048"
 )
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: greedy")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="of sampled outputs")
-@click.option(
-    "--max_tokens",
-    default=AUTO,
-    show_default=True,
-    help="token limit of an output, or auto: twice the longest reference, at most 2048",
-)
-@click.option("--batch_size", default=8, show_default=True, type=click.IntRange(1), help="outputs generated together")
-@click.option(
+@option("--batch_size", default=8, type=click.IntRange(1), help="outputs generated together")
+@option(
     "--constrained",
     is_flag=True,
     help="also decode under the JSON grammar, and report compliance and cost beside the free run",
 )
-@click.option(
+@option(
     "--timing_examples",
     default=8,
-    show_default=True,
     type=click.IntRange(0),
     help="photographs timed one at a time, as the service serves them",
 )
-@click.option(
+@option(
     "--timing_seconds",
     default=120.0,
-    show_default=True,
     type=click.FloatRange(0),
     help="time for more timed runs, while they may decide a gate",
 )
-@click.option("--fresh", is_flag=True, help="generate again what an earlier run with the same settings has logged")
-@click.option(
-    "--from_outputs",
-    type=click.Path(path_type=Path),
-    help="judge the raw outputs in this JSONL instead of running the model",
-)
+@option("--fresh", is_flag=True, help="generate again what an earlier run with the same settings has logged")
+@option("--from_outputs", type=PATH, help="judge the raw outputs in this JSONL instead of running the model")
 @option_group("Output")
-@click.option(
-    "--gates",
-    type=click.Path(path_type=Path),
-    help="TOML or JSON file that changes the gates (see common/evaluation/gates.py)",
-)
-@click.option("--strict", is_flag=True, help="promotable only if every gate passes; likely is not enough")
-@click.option(
-    "--output_report",
-    default="evaluation/comparison_report.json",
-    show_default=True,
-    help="the report; .html is written beside it",
-)
-@click.option("--sample_outputs", is_flag=True, help="also keep every raw output in a JSONL beside the report")
+@option("--gates", type=PATH, help="TOML or JSON file that changes the gates (see common/evaluation/gates.py)")
+@option("--strict", is_flag=True, help="promotable only if every gate passes; likely is not enough")
+@option("--output_report", default="evaluation/comparison_report.json", help="the report; .html is written beside it")
+@option("--sample_outputs", is_flag=True, help="also keep every raw output in a JSONL beside the report")
 @click.pass_context
 def main(ctx: click.Context, **options) -> None:
     tried = [options.pop(name) for name in ("photo", "advisor", "versions")]

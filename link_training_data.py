@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from common.cli import PhaseCommand, command_line, next_step, option_group, print_settings, write_config
+from common.cli import PATH, PhaseCommand, command_line, next_step, option, option_group, print_settings, write_config
 from common.data.database import find_databases, open_database
 from common.data.link_report import show, write_manifest, write_report
 from common.data.linking import Linker, Wanted
@@ -30,22 +30,22 @@ PHOTO_CACHE = ".photo_cache.db"
 
 @click.command(cls=PhaseCommand, help=__doc__)
 @option_group("Data")
-@click.option("--db_path", multiple=True, type=click.Path(path_type=Path), default=(".",), show_default=True,
+@option("--db_path", multiple=True, type=PATH, default=(".",),
               help="database, or a folder with databases of one installation; may be repeated")  # fmt: skip
-@click.option("--source_dir", type=click.Path(path_type=Path), help="folder of the photographs  [default: source beside the database]")  # fmt: skip  # noqa: E501
-@click.option("--analysis_dir", type=click.Path(path_type=Path), help="folder of analysis-ADVISOR-JOBID.md files  [default: analysis_md beside the database]")  # fmt: skip  # noqa: E501
+@option("--source_dir", type=PATH, help="folder of the photographs  [default: source beside the database]")
+@option("--analysis_dir", type=PATH, help="folder of analysis-ADVISOR-JOBID.md files  [default: analysis_md beside the database]")  # fmt: skip  # noqa: E501
 @option_group("Jobs")
-@click.option("--advisor", required=True, help='advisor whose jobs are linked, or "all"')
-@click.option("--status", multiple=True, default=("done", "completed"), show_default=True, help="statuses of jobs that ended well; may be repeated")  # fmt: skip  # noqa: E501
-@click.option("--mode", multiple=True, default=("base",), show_default=True, help='modes to take, may be repeated; "base": every mode but an adapter\'s, "all": those too')  # fmt: skip  # noqa: E501
-@click.option("--dimensions", help='what prompts ask for that do not tell: "7", "8", or names separated by commas  [default: read from each job\'s prompt]')  # fmt: skip  # noqa: E501
-@click.option("--score_range", metavar="LOW-HIGH", help='scores that prompts ask for that do not tell, such as "0-100"  [default: read from each job\'s prompt, else 1-10]')  # fmt: skip  # noqa: E501
-@click.option("--why", metavar="JOB", help="print what the jobs whose ids begin so hold, what was read from them and every verdict; write nothing")  # fmt: skip  # noqa: E501
+@option("--advisor", required=True, help='advisor whose jobs are linked, or "all"')
+@option("--status", multiple=True, default=("done", "completed"), help="statuses of jobs that ended well; may be repeated")  # fmt: skip  # noqa: E501
+@option("--mode", multiple=True, default=("base",), help='modes to take, may be repeated; "base": every mode but an adapter\'s, "all": those too')  # fmt: skip  # noqa: E501
+@option("--dimensions", help='what prompts ask for that do not tell: "7", "8", or names separated by commas  [default: read from each job\'s prompt]')  # fmt: skip  # noqa: E501
+@option("--score_range", metavar="LOW-HIGH", help='scores that prompts ask for that do not tell, such as "0-100"  [default: read from each job\'s prompt, else 1-10]')  # fmt: skip  # noqa: E501
+@option("--why", metavar="JOB", help="print what the jobs whose ids begin so hold, what was read from them and every verdict; write nothing")  # fmt: skip  # noqa: E501
 @option_group("Output")
-@click.option("--output_dir", type=click.Path(path_type=Path), default="training_data", show_default=True, help="folder for all that is written")  # fmt: skip  # noqa: E501
-@click.option("--output_file", default="training_data_manifest.jsonl", show_default=True, help="name of the manifest in output_dir")  # fmt: skip  # noqa: E501
-@click.option("--min_examples", default=60, show_default=True, type=click.IntRange(min=0), help="warn when fewer jobs are linked")  # fmt: skip  # noqa: E501
-@click.option("--workers", type=click.IntRange(min=1), help="processes that read photographs and analyses  [default: all cores]")  # fmt: skip  # noqa: E501
+@option("--output_dir", type=PATH, default="training_data", help="folder for all that is written")
+@option("--output_file", default="training_data_manifest.jsonl", help="name of the manifest in output_dir")
+@option("--min_examples", default=60, type=click.IntRange(min=0), help="warn when fewer jobs are linked")
+@option("--workers", type=click.IntRange(min=1), help="processes that read photographs and analyses  [default: all cores]")  # fmt: skip  # noqa: E501
 def main(db_path, output_dir, output_file, min_examples, workers, why, **options):
     databases = find_databases(db_path)
     source_dir, analysis_dir = folders(databases[0].parent, options.pop("source_dir"), options.pop("analysis_dir"))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 
-from common.cli import PhaseCommand, command_line, next_step, option_group, print_settings, write_config
+from common.cli import PATH, PhaseCommand, command_line, next_step, option, option_group, print_settings, write_config
 from common.data.candidates import choose_advisor, judge_all, open_manifest
 from common.data.card import write_card
 from common.data.near_duplicates import DISTANCE
@@ -30,43 +30,44 @@ from common.data.summary import print_quality, print_result
 from common.data.why import explain_prepared
 from common.errors import UserError
 from common.files import find_input
+from integration.lora_patch.hub import DEFAULT_BASE
+from integration.lora_patch.photo import MAX_IMAGE_SIZE
 
 
 @click.command(cls=PhaseCommand, help=__doc__)
 @option_group("Data")
-@click.option("--manifest", default="training_data_manifest.jsonl", show_default=True, help="manifest of link_training_data.py")  # fmt: skip  # noqa: E501
-@click.option("--advisor", help="advisor whose examples are prepared  [default: the manifest's only one]")
-@click.option(
-    "--output_dir",
-    type=click.Path(path_type=Path),
-    default="training_data",
-    show_default=True,
-    help="folder for all that is written",
-)
-@click.option("--format", "row_format", type=click.Choice(["triplet", "messages"]), default="triplet", show_default=True, help="triplet: image_path, prompt, response; messages: chat rows for other trainers")  # fmt: skip  # noqa: E501
-@click.option("--dry_run", is_flag=True, help="print what would be written, and write nothing")
-@click.option("--why", metavar="JOB", help="print the raw text, what is read from it and each verdict of the job whose id begins so; write nothing")  # fmt: skip  # noqa: E501
+@option("--manifest", default="training_data_manifest.jsonl", help="manifest of link_training_data.py")
+@option("--advisor", help="advisor whose examples are prepared  [default: the manifest's only one]")
+@option("--output_dir", type=PATH, default="training_data", help="folder for all that is written")
+@option("--format", "row_format", type=click.Choice(["triplet", "messages"]), default="triplet", help="triplet: image_path, prompt, response; messages: chat rows for other trainers")  # fmt: skip  # noqa: E501
+@option("--dry_run", is_flag=True, help="print what would be written, and write nothing")
+@option("--why", metavar="JOB", help="print the raw text, what is read from it and each verdict of the job whose id begins so; write nothing")  # fmt: skip  # noqa: E501
 @option_group("Prompt")
-@click.option("--system_prompt", type=click.Path(path_type=Path), help="file with a system prompt to use instead of the database's")  # fmt: skip  # noqa: E501
-@click.option("--prompts_db", type=click.Path(path_type=Path), help="database to take the prompts from  [default: the newest in the manifest]")  # fmt: skip  # noqa: E501
-@click.option("--dimensions", help='"7", "8", or names separated by commas  [default: those the prompt asks for]')
-@click.option("--score_range", metavar="LOW-HIGH", help='lowest and highest score, such as "0-100"  [default: those the prompt asks for, else 1-10]')  # fmt: skip  # noqa: E501
+@option("--system_prompt", type=PATH, help="file with a system prompt to use instead of the database's")
+@option("--prompts_db", type=PATH, help="database to take the prompts from  [default: the newest in the manifest]")
+@option("--dimensions", help='"7", "8", or names separated by commas  [default: those the prompt asks for]')
+@option("--score_range", metavar="LOW-HIGH", help='lowest and highest score, such as "0-100"  [default: those the prompt asks for, else 1-10]')  # fmt: skip  # noqa: E501
 @option_group("Quality")
-@click.option("--gate", multiple=True, metavar="NAME=LEVEL", help=f"switch a gate to reject, warn or off ({', '.join(MASKING)}: mask too); may be repeated; gates: {', '.join(GATES)}")  # fmt: skip  # noqa: E501
-@click.option("--no_mend", is_flag=True, help="reject analyses that could be read only after mending")
-@click.option("--keep", type=click.Choice(["newest", "all"]), default="newest", show_default=True, help="of several analyses of one photograph: the newest that passes all gates, or all")  # fmt: skip  # noqa: E501
-@click.option("--accept_copied_scores", is_flag=True, help="prepare comments alone where every score is copied from the prompt's example")  # fmt: skip  # noqa: E501
+@option("--gate", multiple=True, metavar="NAME=LEVEL", help=f"switch a gate to reject, warn or off ({', '.join(MASKING)}: mask too); may be repeated; gates: {', '.join(GATES)}")  # fmt: skip  # noqa: E501
+@option("--no_mend", is_flag=True, help="reject analyses that could be read only after mending")
+@option("--keep", type=click.Choice(["newest", "all"]), default="newest", help="of several analyses of one photograph: the newest that passes all gates, or all")  # fmt: skip  # noqa: E501
+@option("--accept_copied_scores", is_flag=True, help="prepare comments alone where every score is copied from the prompt's example")  # fmt: skip  # noqa: E501
 @option_group("Split")
-@click.option("--train_split", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="share of the photographs to train on  [default: 0.8]")  # fmt: skip  # noqa: E501
-@click.option("--val_split", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="share to validate on  [default: 0.2]")  # fmt: skip  # noqa: E501
-@click.option("--seed", default=42, show_default=True, help="another seed, another split")
-@click.option("--duplicate_distance", default=DISTANCE, show_default=True, type=click.IntRange(0, 16), help="how far near-duplicates may differ: their detail must agree by 1 - distance/50; 0: identical pictures only")  # fmt: skip  # noqa: E501
-@click.option("--split_record", type=click.Path(path_type=Path), help="file that remembers each photograph's side  [default: training_data_ADVISOR_split.json in output_dir]")  # fmt: skip  # noqa: E501
-@click.option("--resplit", is_flag=True, help="forget which side photographs had in earlier rounds")
+@option("--train_split", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="share of the photographs to train on  [default: 0.8]")  # fmt: skip  # noqa: E501
+@option("--val_split", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="share to validate on  [default: 0.2]")  # fmt: skip  # noqa: E501
+@option("--seed", default=42, help="another seed, another split")
+@option("--duplicate_distance", default=DISTANCE, type=click.IntRange(0, 16), help="how far near-duplicates may differ: their detail must agree by 1 - distance/50; 0: identical pictures only")  # fmt: skip  # noqa: E501
+@option("--split_record", type=PATH, help="file that remembers each photograph's side  [default: training_data_ADVISOR_split.json in output_dir]")  # fmt: skip  # noqa: E501
+@option("--resplit", is_flag=True, help="forget which side photographs had in earlier rounds")
 @option_group("Lengths")
-@click.option("--base_model", default="Qwen/Qwen3-VL-4B-Instruct", show_default=True, help="folder or hub id whose tokenizer measures lengths, when it is on this machine")  # fmt: skip  # noqa: E501
-@click.option("--max_seq_length", default=2048, show_default=True, type=click.IntRange(min=1), help="length that training allows")  # fmt: skip  # noqa: E501
-@click.option("--max_image_size", default=1024, show_default=True, type=click.IntRange(min=32), help="long side of photographs in training, pixels")  # fmt: skip  # noqa: E501
+@option("--base_model", default=DEFAULT_BASE, help="folder or hub id whose tokenizer measures lengths, when it is on this machine")  # fmt: skip  # noqa: E501
+@option("--max_seq_length", default=2048, type=click.IntRange(min=1), help="length that training allows")
+@option(
+    "--max_image_size",
+    default=MAX_IMAGE_SIZE,
+    type=click.IntRange(32),
+    help="long side of photographs in training, pixels",
+)
 def main(manifest, advisor, output_dir, dry_run, **given):
     options = read_options(given)
     manifest = open_manifest(find_input(manifest))

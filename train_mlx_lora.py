@@ -14,12 +14,20 @@ loss_curve.png, README.md and checkpoints/.
 import common  # noqa: F401 - first: it says "run make setup" where packages are missing
 
 # isort: split
-import functools
 from dataclasses import asdict
 
 import click
 
-from common.cli import PhaseCommand, command_line, given_options, next_step, option_group, print_settings, write_config
+from common.cli import (
+    PhaseCommand,
+    command_line,
+    given_options,
+    next_step,
+    option,
+    option_group,
+    print_settings,
+    write_config,
+)  # fmt: skip
 from common.model.lora import attach_lora
 from common.training.data import check_apart, read_data
 from common.training.distributed import join_processes
@@ -29,7 +37,7 @@ from common.training.log import require_reporter
 from common.training.loop import train_loop
 from common.training.options import AUTO, NumberOrAuto, TrainingOptions
 from common.training.plan import print_plan
-from common.training.run import Run, Setup
+from common.training.run import Run
 from common.training.setup import check_resumable, device_errors, lay_out, open_folder, prepare_rows
 from common.training.signals import Stopped, StopRequest
 from common.training.watchdog import Watchdog
@@ -38,7 +46,6 @@ from integration.lora_patch.hub import DEFAULT_BASE
 from integration.lora_patch.photo import MAX_IMAGE_SIZE
 from integration.lora_patch.vlm import load_base
 
-option = functools.partial(click.option, show_default=True)
 COUNT, POSITIVE = click.IntRange(0), click.IntRange(1)
 
 
@@ -122,7 +129,7 @@ def train(ctx: click.Context, options: TrainingOptions, watchdog: Watchdog, stop
     attach_lora(base, options.lora_r, options.lora_alpha, options.lora_dropout, seed=options.seed)
     if options.plan:
         return print_plan(options, base, layout, *rows) if processes.first else None
-    run = watchdog.run = Run(Setup(options, processes, folder, base, fingerprint, data, *rows, layout, checkpoint))
+    run = watchdog.run = Run(options, processes, folder, base, fingerprint, data, *rows, layout, checkpoint)
     if processes.first:
         write_config(folder.path / "config.yaml", leave_out=("resume", "overwrite", "plan"))
         click.echo(run)

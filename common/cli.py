@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import functools
 import inspect
 import os
 import re
@@ -29,6 +30,9 @@ MAKE_NAMES = {
     "--version": "VERSION=",
 }
 VERBOSE = "common.cli.verbose"  # key in Context.meta
+PATH = click.Path(path_type=Path)
+
+option = functools.partial(click.option, show_default=True)
 
 
 def option_group(title: str) -> Callable:

@@ -2,6 +2,8 @@
 
 import click
 
+from integration.lora_patch.errors import listed
+
 
 class UserError(click.ClickException):
     """An expected failure: printed as one line ``Error: what; mend`` on stderr, exit code 1, no traceback.
@@ -13,5 +15,4 @@ class UserError(click.ClickException):
 def refuse(problems: list[str], limit: int = 20) -> None:
     """Raise one `UserError` for all ``problems`` (a line each, at most ``limit``); return when there are none."""
     if problems:
-        more = [f"... and {len(problems) - limit} more"] if len(problems) > limit else []
-        raise UserError("\n  ".join(problems[:limit] + more))
+        raise UserError(listed(problems, limit))

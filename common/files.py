@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import click
-import jsonlines
 from tqdm import tqdm
 
 from common.errors import UserError, refuse
 from common.schemas import Column, fault
-from integration.lora_patch.json_text import MAX_DEPTH, is_too_deep, strings_in
+from integration.lora_patch.json_text import load_json, strings_in
 
 MAX_LINE = 8_000_000  # bytes of a row; the longest real one has 40,000
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -99,7 +98,23 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
     """Write one JSON object a line, atomically; rows may be a generator and are never held together."""
     with write_atomic(path) as file:
-        jsonlines.Writer(file, dumps=lambda row: json.dumps(row, ensure_ascii=False, allow_nan=False)).write_all(rows)
+        file.writelines(map(json_line, rows))
+
+
+def json_line(row: dict) -> str:
+    """Return a JSON object as a line, with its newline."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Append one JSON object a line, on the disk when this returns. UserError when the disk refuses."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(map(json_line, rows))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space, then run again") from error
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -125,21 +140,14 @@ class _Damage(ValueError):
 def _load(text: str) -> Any:
     """Return a JSON value that this project can write again: no NaN, no half characters, nothing nested without end."""
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = load_json(text)
     except json.JSONDecodeError as error:
         raise _Damage(f"not valid JSON ({error.msg})", error.lineno) from None
-    except (ValueError, RecursionError) as error:  # ValueError: NaN, or an integer of over 4,300 digits
-        what = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(":")[0]
-        raise _Damage(f"not valid JSON ({what})") from None
-    if text.count("{") + text.count("[") > MAX_DEPTH and is_too_deep(value):
-        raise _Damage("not valid JSON (nested too deeply)")
+    except ValueError as error:  # NaN, nested too deeply, or an integer of over 4,300 digits
+        raise _Damage(f"not valid JSON ({str(error).split(':')[0]})") from None
     if "\\u" in text and any(map(_SURROGATE.search, strings_in(value))):
         raise _Damage("holds half a character (\\ud800 to \\udfff)")
     return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 class RowFile:
@@ -171,15 +179,12 @@ class RowFile:
         problems = []
         numbered = ((at + 1, at, row) for at, row in enumerate(self._array)) if self._is_array else self._lines(label)
         for number, place, row in numbered:
-            problem = str(row) if isinstance(row, _Damage) else self._fault(row)
+            problem = str(row) if isinstance(row, _Damage) else fault(row, self.schema)
             if problem:
                 problems.append(f"{self.path}:{number}: {problem}; {self.mend}")
             elif not problems:
                 yield number, place, row
         refuse(problems)
-
-    def _fault(self, row: Any) -> str | None:
-        return fault(row, self.schema) if isinstance(row, dict) else "a JSON object was expected"
 
     def _lines(self, label: str | None) -> Iterator[tuple[int, int, Any]]:
         with self._open() as file, _progress(label, os.fstat(file.fileno()).st_size) as bar:

@@ -1,11 +1,8 @@
-"""What records of several phases share: the name of a training's record, and the software that made a result."""
+"""The software that made a result."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from integration.lora_patch.versions import ARGS
-
-__all__ = ["ARGS", "software_versions"]
 PACKAGES = ("mlx", "mlx-vlm", "transformers", "numpy", "pillow")
 
 

@@ -113,8 +113,10 @@ class Column:
     null: bool = False
 
 
-def fault(row: dict, schema: dict[str, Column]) -> str | None:
+def fault(row: Any, schema: dict[str, Column]) -> str | None:
     """Say what is wrong with a row, None for a sound one."""
+    if not isinstance(row, dict):
+        return "a JSON object was expected"
     missing = [name for name, column in schema.items() if column.needed and name not in row]
     if missing:
         return f"{', '.join(missing)} missing"

@@ -1,6 +1,5 @@
 """What linking writes and prints: the manifest, each job left out with its reason, and the counts of both."""
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -8,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
-import jsonlines
 
 from common.data.database import shown
 from common.data.linking import NOT_ASKED_FOR, REASONS, Outcome
 from common.errors import UserError
-from common.files import sha256_file, write_atomic, write_json
+from common.files import json_line, sha256_file, write_atomic, write_json
 from common.tables import counted, paragraph, table
 
 _SHOWN_IDS = 6
@@ -63,13 +61,12 @@ def write_manifest(manifest: Path, outcomes: Iterator[Outcome]) -> Counts:
     """Write the manifest and the rejects; UserError, and neither is written, when no job can be used."""
     counts = Counts()
     with write_atomic(manifest) as linked, write_atomic(rejected_path(manifest)) as left_out:
-        rows, rejects = (jsonlines.Writer(file, compact=True, dumps=_dumps) for file in (linked, left_out))
         for outcome in outcomes:
             counts.add(outcome)
             if outcome.row is not None:
-                rows.write(outcome.row)
+                linked.write(json_line(outcome.row))
             else:
-                rejects.write(_reject(outcome))
+                left_out.write(json_line(_reject(outcome)))
         if not counts.linked:
             show_reasons(counts)
             raise UserError(f"none of {counts.left_out:,} jobs can be used (the table above says why); nothing written")
@@ -86,10 +83,6 @@ def _reject(outcome: Outcome) -> dict:
         "also": [name for name, _ in outcome.reasons[1:]],
         "database": outcome.database,
     }
-
-
-def _dumps(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def write_report(manifest: Path, counts: Counts, settings: dict[str, object], orphans: list[str]) -> None:

@@ -45,10 +45,10 @@ class Record:
         if not path.exists():
             return None
         value = read_json(path)
-        problem = fault(value, SPLIT_RECORD) if isinstance(value, dict) else "a JSON object was expected"
+        problem = fault(value, SPLIT_RECORD)
         photos = {} if problem else value["photographs"]
         for sha, photo in photos.items():
-            what = fault(photo, SPLIT_PHOTOGRAPH) if isinstance(photo, dict) else "a JSON object was expected"
+            what = fault(photo, SPLIT_PHOTOGRAPH)
             problem = problem or (what and f"{sha[:16]}: {what}")
         if problem:
             raise UserError(f"{path}: not a split record ({problem}); restore it, or split anew with --resplit")

@@ -14,7 +14,6 @@ from the probabilities of the score's tokens. A loss's ``sum`` is in nats over `
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Protocol
 
 from common.dataset import Example
 from common.errors import UserError, refuse
-from common.files import read_rows, write_jsonl
+from common.files import append_jsonl, read_rows, write_jsonl
 from common.schemas import OUTPUTS, fault
 from integration.lora_patch.json_text import is_number
 from integration.lora_patch.specification import PromptSpecification
@@ -171,10 +170,4 @@ class OutputLog:
         """Append one row and make it durable."""
         row = row | {"key": item.key}
         self.rows[row["kind"], item.key, row.get("sample", 0)] = row
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free space, then run again") from error
+        append_jsonl(self.path, [row])

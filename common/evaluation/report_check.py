@@ -1,7 +1,6 @@
 """Whether a comparison_report.json is whole: what is read back from a file that a hand may have changed."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from common.schemas import OUTPUTS, Column, fault
 from integration.lora_patch.json_text import is_number
@@ -58,9 +57,9 @@ def _faults(report: dict) -> Iterator[tuple[str, str | None]]:
     if not is_number(report["settings"].get("temperature")):
         yield "settings", "temperature is no number"
     for name, arm in report["arms"].items():
-        yield f"arms.{name}", _row(arm, _ARM)
+        yield f"arms.{name}", fault(arm, _ARM)
     for name, prompt in report["prompts"].items():
-        yield f"prompts.{name}", _row(prompt, PROMPT)
+        yield f"prompts.{name}", fault(prompt, PROMPT)
         yield f"prompts.{name}", _no_specification(prompt)
     for at, example in enumerate(report["examples"]):
         where = f"examples[{at}]"
@@ -74,18 +73,14 @@ def _faults(report: dict) -> Iterator[tuple[str, str | None]]:
             yield f"{where}.photographs", fault(photograph, _PHOTOGRAPH)
         for arm, outputs in example["outputs"].items():
             for output in outputs if isinstance(outputs, list) else [outputs]:
-                yield f"{where}.outputs.{arm}", _row(output, _OUTPUT) or _no_numbers(output, "expected_scores")
+                yield f"{where}.outputs.{arm}", fault(output, _OUTPUT) or _no_numbers(output, "expected_scores")
         for arm, loss in example["loss"].items():
-            yield f"{where}.loss.{arm}", _row(loss, _LOSS)
+            yield f"{where}.loss.{arm}", fault(loss, _LOSS)
     for at, timing in enumerate(report["timings"]):
         yield f"timings[{at}]", fault(timing, OUTPUTS["timing"])
         yield f"timings[{at}]", fault(timing, {"peak_bytes": Column("count", "", needed=False, null=True)})
     trained = report.get("training_scores")
-    yield "training_scores", None if trained is None else _row(trained, {}) or _no_numbers(trained, "means")
-
-
-def _row(value: Any, table: dict[str, Column]) -> str | None:
-    return fault(value, table) if isinstance(value, dict) else "an object was expected"
+    yield "training_scores", None if trained is None else fault(trained, {}) or _no_numbers(trained, "means")
 
 
 def _no_specification(prompt: dict) -> str | None:

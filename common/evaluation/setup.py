@@ -12,15 +12,15 @@ from common.errors import UserError, refuse
 from common.evaluation.generations import Item
 from common.evaluation.model_source import ModelSource, Sampling
 from common.evaluation.scoring import reference_scores
-from common.files import find_input, read_json, sha256_file
-from common.records import ARGS, software_versions
+from common.files import find_input, sha256_file
+from common.records import software_versions
 from integration.lora_patch import versions
 from integration.lora_patch.analysis import parse_lenient
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
 from integration.lora_patch.photo import MAX_IMAGE_SIZE, PhotoError, load_photo
 from integration.lora_patch.prompts import UnreadablePrompt, read_specification
 from integration.lora_patch.specification import PromptSpecification
-from integration.lora_patch.versions import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
+from integration.lora_patch.versions import ARGS, CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 from integration.lora_patch.vlm import Base, load_base, response_tokens
 
 AUTO = "auto"
@@ -179,7 +179,7 @@ def load_models(evaluation: Evaluation, items: list[Item]) -> ModelSource:
     fingerprint = base_fingerprint(base.path, evaluation.base_model)
     problems = []
     for folder in evaluation.adapters.values():
-        trained = _read_args(folder).get("base_fingerprint")
+        trained = versions.training_args(folder).get("base_fingerprint")
         if trained:
             errors, warnings = compare_fingerprints(trained, fingerprint)
             problems += [f"{folder}: {error}; name the right one by --base_model" for error in errors]
@@ -239,20 +239,11 @@ def _training_args(folder: Path) -> dict:
         raise UserError(
             f"{folder}: no adapter there ({CONFIG} or its weights are missing); name the folder that training wrote"
         )
-    return _read_args(folder)
-
-
-def _read_args(folder: Path) -> dict:
-    if not (folder / ARGS).is_file():
-        return {}
-    found = read_json(folder / ARGS)
-    if not isinstance(found, dict):
-        raise UserError(f"{folder / ARGS}: a JSON object was expected; train again")
-    return found
+    return versions.training_args(folder)
 
 
 def _trained_photos(folder: Path) -> set[str]:
-    return set((_read_args(folder).get("train_data") or {}).get("photos") or ())
+    return set((versions.training_args(folder).get("train_data") or {}).get("photos") or ())
 
 
 def _deployed(options: Options, advisor: str | None, warnings: list[str]) -> Path | None:

@@ -17,18 +17,19 @@ from pathlib import Path
 from common.cli import next_step
 from common.dataset import load_examples
 from common.errors import UserError
-from common.files import find_input, read_json
+from common.files import find_input
 from common.pages import embedded, write_page
-from common.records import ARGS
 from integration.lora_patch.analysis import parse_lenient
 from integration.lora_patch.photo import MAX_IMAGE_SIZE, PhotoError, load_photo
 from integration.lora_patch.prompts import UnreadablePrompt, read_specification
 from integration.lora_patch.specification import PromptSpecification
 from integration.lora_patch.versions import (
+    ARGS,
     deployed_folder,
     find_versions,
     parse_folder,
     record_path,
+    training_args,
 )
 
 TEMPLATE = Path(__file__).with_name("tryout.html.j2")
@@ -106,7 +107,7 @@ def make_task(
     tuned = next((model for model in models if model.folder), None)
     if tuned is None:
         raise UserError("--versions base: name at least one version")
-    args = _training_args(tuned.folder)
+    args = training_args(tuned.folder)
     base = base_model or args.get("base_model")
     if not base:
         raise UserError(f"{tuned.folder}: no {ARGS} that names its base; give --base_model")
@@ -142,11 +143,6 @@ def _chosen(models: Path, advisor: str, named: list[str]) -> list[Model]:
         in_use = deployed_folder(record_path(models, advisor))
         named = ["base", _version(in_use) if in_use else list(have)[-1]]
     return [Model(name, have.get(name)) for name in named]
-
-
-def _training_args(folder: Path) -> dict:
-    args = read_json(folder / ARGS) if (folder / ARGS).is_file() else {}
-    return args if isinstance(args, dict) else {}
 
 
 def _prompt(folder: Path, args: dict, val_data: str | None) -> str:
@@ -202,7 +198,7 @@ def load_answering(task: Task) -> Callable[[Model, Path], Iterator[str]]:
     adapters = {}
     for model in task.models:
         if model.folder:
-            trained_on = _training_args(model.folder).get("base_fingerprint")
+            trained_on = training_args(model.folder).get("base_fingerprint")
             errors = compare_fingerprints(trained_on, fingerprint)[0] if trained_on else []
             if errors:
                 raise UserError(f"{model.folder}: {errors[0]}; name the right base with --base_model")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from common.cli import ScriptCommand
+from common.cli import PATH, ScriptCommand, option
 from common.errors import UserError
 from common.release.fuse import fuse_adapter
 from common.training.adapter_files import adapter_config, write_adapter
@@ -26,13 +26,13 @@ def main() -> None:
     pass
 
 
-lora_scale_option = click.option(
+lora_scale_option = option(
     "--lora_scale", type=float, help="scale of an adapter of an older mlx-vlm, whose files do not tell it"
 )
 
 
 @main.command(cls=ScriptCommand)
-@click.argument("lora_path", type=click.Path(path_type=Path))
+@click.argument("lora_path", type=PATH)
 @lora_scale_option
 def check(lora_path: Path, lora_scale: float | None) -> None:
     """Say what is in an adapter folder; exit 1 when it is not whole."""
@@ -51,8 +51,8 @@ def _listed(values: set[float]) -> str:
 
 
 @main.command(cls=ScriptCommand)
-@click.option("--lora_path", type=click.Path(path_type=Path), required=True, help="adapter of PEFT or of mlx-vlm")
-@click.option("--output_dir", type=click.Path(path_type=Path), required=True, help="folder for both; must be new")
+@option("--lora_path", type=PATH, required=True, help="adapter of PEFT or of mlx-vlm")
+@option("--output_dir", type=PATH, required=True, help="folder for both; must be new")
 @lora_scale_option
 def convert(lora_path: Path, output_dir: Path, lora_scale: float | None) -> None:
     """Write an adapter made for PEFT or for mlx-vlm alone in the form that both read."""
@@ -69,10 +69,10 @@ def convert(lora_path: Path, output_dir: Path, lora_scale: float | None) -> None
 
 
 @main.command(cls=ScriptCommand)
-@click.option("--base_model", required=True, help="folder or hub id of the base that the adapter was trained on")
-@click.option("--lora_path", type=click.Path(path_type=Path), required=True, help="adapter folder")
-@click.option("--output_dir", type=click.Path(path_type=Path), required=True, help="folder for the model; must be new")
-@click.option("--dequantize", is_flag=True, help="write a quantized base as 16-bit weights, which loses nothing")
+@option("--base_model", required=True, help="folder or hub id of the base that the adapter was trained on")
+@option("--lora_path", type=PATH, required=True, help="adapter folder")
+@option("--output_dir", type=PATH, required=True, help="folder for the model; must be new")
+@option("--dequantize", is_flag=True, help="write a quantized base as 16-bit weights, which loses nothing")
 def fuse(base_model: str, lora_path: Path, output_dir: Path, dequantize: bool) -> None:
     """Merge an adapter into its base model, for serving without an adapter."""
     for line in fuse_adapter(base_model, lora_path, output_dir, dequantize):

@@ -15,6 +15,7 @@ from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerp
 from integration.lora_patch.hub import model_folder
 from integration.lora_patch.names import mlx_module
 from integration.lora_patch.sources import adapter_in
+from integration.lora_patch.versions import training_args
 
 INDEX = "model.safetensors.index.json"
 QUANTIZED_PARTS = ("weight", "scales", "biases")
@@ -80,10 +81,10 @@ def _check_base(base: Path, name: str, lora_path: Path) -> list[str]:
         fingerprint = base_fingerprint(base, name)
     except ValueError as error:
         raise UserError(str(error)) from error
-    record = lora_path / "training_args.json"
-    if not record.is_file():
+    trained_on = training_args(lora_path).get("base_fingerprint")
+    if not trained_on:
         return [f"{lora_path} has no training_args.json: that it belongs to this base cannot be checked"]
-    errors, warnings = compare_fingerprints(read_json(record)["base_fingerprint"], fingerprint)
+    errors, warnings = compare_fingerprints(trained_on, fingerprint)
     refuse(errors)
     return warnings
 

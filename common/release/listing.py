@@ -8,10 +8,9 @@ import click
 from common.errors import UserError
 from common.evaluation.comparison import read_report
 from common.evaluation.gates import format_value
-from common.files import read_json
 from common.release.promotion import HISTORY, read_history
 from common.tables import paragraph, table
-from integration.lora_patch.versions import ARGS, adapter_hashes, find_versions, read_record, record_path
+from integration.lora_patch.versions import ARGS, adapter_hashes, find_versions, read_record, record_path, training_args
 
 COLUMNS = {
     "format.strict": "format",
@@ -35,7 +34,7 @@ def describe_versions(models: Path, advisor: str, evaluation: Path) -> list[dict
     for number, folder in find_versions(models, advisor).items():
         found = newest_report(models, advisor, number, folder, evaluation)
         path, report = found or (None, None)
-        args, name = read_json(folder / ARGS), f"v{number}"
+        args, name = training_args(folder), f"v{number}"
         arm = report["summary"]["arms"]["candidate"] if report else {}
         in_use = bool(record and record["version"] == name)
         rows.append(

@@ -8,7 +8,6 @@ import datetime
 import fcntl
 import getpass
 import hashlib
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from common.errors import UserError, refuse
 from common.evaluation.comparison import read_report, recomputed
 from common.evaluation.gates import DEFAULT_GATES, Gate, bound_text, from_dicts, load_gates
-from common.files import read_json, read_rows, sync_folder, write_json, write_text
+from common.files import append_jsonl, read_rows, sync_folder, write_json, write_text
 from integration.lora_patch.adapters import read_adapter
 from integration.lora_patch.sources import adapter_in
 from integration.lora_patch.versions import (
@@ -31,6 +30,7 @@ from integration.lora_patch.versions import (
     find_versions,
     read_record,
     record_path,
+    training_args,
     version_folder,
 )
 
@@ -166,7 +166,7 @@ def new_record(models: Path, advisor: str, number: int, decision: dict, history:
         "version": f"v{number}",
         "adapter": f"../{folder.name}",
         "sha256": adapter_hashes(folder),
-        "base_fingerprint": read_json(folder / ARGS).get("base_fingerprint"),
+        "base_fingerprint": training_args(folder).get("base_fingerprint"),
         **decision,
         **_when_and_who(),
         "history": history,
@@ -199,10 +199,7 @@ def _put(place: Path, action: str, before: dict | None, record: dict) -> None:
     if before and not any(row.get("at") == before["promoted_at"] for row in last):
         lines.insert(0, _history_line("found in use", None, before))
     write_json(place, record)
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
+    append_jsonl(path, lines)
     sync_folder(path.parent)
 
 

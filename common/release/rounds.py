@@ -16,12 +16,12 @@ from common.release.promotion import Rule, ensure_record, keep_report, locked, p
 from common.tables import counted
 from common.training.run_folder import TRAINED
 from integration.lora_patch.versions import (
-    ARGS,
     deployed_folder,
     find_versions,
     parse_folder,
     read_record,
     record_path,
+    training_args,
     version_folder,
 )
 
@@ -125,7 +125,7 @@ def _decide(options: RoundOptions, number: int, report: Path) -> tuple[str, int]
     models, advisor, name = options.models, options.advisor, f"v{number}"
     found = options.rule.judge(read_report(report))
     verdict, place = found["verdict"], record_path(models, advisor)
-    trained = (read_json(version_folder(models, advisor, number) / ARGS).get("train_data") or {}).get("examples", 0)
+    trained = (training_args(version_folder(models, advisor, number)).get("train_data") or {}).get("examples", 0)
     photographs = counted(found["summary"]["photographs"], "held-out photograph")
     opening = f"{name} of {advisor} was trained on {counted(trained, 'example')} and judged on {photographs}"
     if not verdict["promotable"]:
@@ -154,7 +154,7 @@ def refuse_held_out(train: Path, have: dict[int, Path]) -> None:
     """UserError when a photograph that an earlier version was evaluated on has come into the training data."""
     held_out: dict[str, int] = {}
     for number, folder in have.items():
-        for photo in (read_json(folder / ARGS).get("val_data") or {}).get("photos") or ():
+        for photo in (training_args(folder).get("val_data") or {}).get("photos") or ():
             held_out.setdefault(photo, number)
     problems = []
     for line, row in read_rows(train):
@@ -170,7 +170,7 @@ def refuse_held_out(train: Path, have: dict[int, Path]) -> None:
 def _tell_unchanged(train: Path, have: dict[int, Path]) -> None:
     """Say when the newest version was trained on the very same data: the round can then change little."""
     newest = max(have, default=None)
-    trained = read_json(have[newest] / ARGS).get("train_data") if newest else None
+    trained = training_args(have[newest]).get("train_data") if newest else None
     if trained and trained.get("sha256") == sha256_file(train):
         click.echo(f"note: the training data are those of v{newest}; only other settings can make a difference")
 

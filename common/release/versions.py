@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from common.cli import ScriptCommand
+from common.cli import PATH, ScriptCommand, option
 from common.errors import UserError
 from common.release.listing import describe_versions, newest_report, show_versions
 from common.release.promotion import Rule, locked, promote, rollback
@@ -40,28 +40,20 @@ def _advisor(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 def shared(command):
     """Add the options that every command has."""
-    work = click.option(
-        "--work",
-        type=click.Path(path_type=Path),
-        default=".",
-        show_default=True,
-        help="folder of models/, training_data/ and evaluation/",
-    )
-    return click.option("--advisor", required=True, callback=_advisor, help="whose adapter")(work(command))
+    work = option("--work", type=PATH, default=".", help="folder of models/, training_data/ and evaluation/")
+    return option("--advisor", required=True, callback=_advisor, help="whose adapter")(work(command))
 
 
 def rule_options(command):
     """Add the options that say which verdicts will do."""
-    strict = click.option("--strict", is_flag=True, help='promote on "pass" alone, not on "likely"')
-    gates = click.option(
-        "--gates", type=click.Path(path_type=Path), help="gates file  [default: the gates in the report]"
-    )
+    strict = option("--strict", is_flag=True, help='promote on "pass" alone, not on "likely"')
+    gates = option("--gates", type=PATH, help="gates file  [default: the gates in the report]")
     return strict(gates(command))
 
 
 @main.command("list", cls=ScriptCommand)
 @shared
-@click.option("--json", "as_json", is_flag=True, help="everything known of each version, as JSON")
+@option("--json", "as_json", is_flag=True, help="everything known of each version, as JSON")
 def list_command(advisor: str, work: Path, as_json: bool) -> None:
     """Show all versions with their data, figures and verdict; * marks the one in use."""
     models = work / "models"
@@ -76,12 +68,8 @@ def list_command(advisor: str, work: Path, as_json: bool) -> None:
 
 @main.command("promote", cls=ScriptCommand)
 @shared
-@click.option("--version", help="v1, v2, ...  [default: the newest]")
-@click.option(
-    "--report",
-    type=click.Path(path_type=Path),
-    help="its comparison_report.json  [default: the newest of this version]",
-)
+@option("--version", help="v1, v2, ...  [default: the newest]")
+@option("--report", type=PATH, help="its comparison_report.json  [default: the newest of this version]")
 @rule_options
 def promote_command(advisor: str, work: Path, version: str | None, report: Path | None, **rule) -> None:
     """Put a version in use, if its report says that every gate passes or is likely to."""
@@ -115,21 +103,15 @@ def rollback_command(advisor: str, work: Path) -> None:
 
 @main.command("iterate", cls=ScriptCommand)
 @shared
-@click.option(
-    "--mondrian",
-    type=click.Path(path_type=Path),
-    default=".",
-    show_default=True,
-    help="folder of mondrian.db, source/ and analysis_md/",
-)
-@click.option("--db_path", type=click.Path(path_type=Path), help="database, or a folder of them  [default: MONDRIAN]")
-@click.option("--base_model", default=DEFAULT_BASE, show_default=True, help="hub id or folder")
-@click.option("--link_args", default="", help="more options for link_training_data.py")
-@click.option("--prepare_args", default="", help="more options for prepare_training_data.py")
-@click.option("--train_args", default="", help="more options for train_mlx_lora.py")
-@click.option("--eval_args", default="", help="more options for evaluate_lora.py")
-@click.option("--hosts", type=click.Path(path_type=Path), help="hostfile of mlx.launch: train on several machines")
-@click.option("--strict", is_flag=True, help='promote on "pass" alone, not on "likely"')
+@option("--mondrian", type=PATH, default=".", help="folder of mondrian.db, source/ and analysis_md/")
+@option("--db_path", type=PATH, help="database, or a folder of them  [default: MONDRIAN]")
+@option("--base_model", default=DEFAULT_BASE, help="hub id or folder")
+@option("--link_args", default="", show_default=False, help="more options for link_training_data.py")
+@option("--prepare_args", default="", show_default=False, help="more options for prepare_training_data.py")
+@option("--train_args", default="", show_default=False, help="more options for train_mlx_lora.py")
+@option("--eval_args", default="", show_default=False, help="more options for evaluate_lora.py")
+@option("--hosts", type=PATH, help="hostfile of mlx.launch: train on several machines")
+@option("--strict", is_flag=True, help='promote on "pass" alone, not on "likely"')
 def iterate_command(advisor: str, work: Path, strict: bool, **options) -> None:
     """Train the next version on today's data, compare it with the one in use, promote it if every gate allows it.
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from common.files import write_atomic, write_json
-from common.records import ARGS, software_versions
+from common.records import software_versions
 from common.training.adapter_files import adapter_config, write_adapter
 from common.training.memory import GB
 from common.training.model_card import write_card
 from common.training.run import Run
 from common.training.verdict import loss_summary, verdict
 from integration.lora_patch.phrasebook import PHRASEBOOK, write_phrasebook
+from integration.lora_patch.versions import ARGS
 from integration.lora_patch.vlm import TARGET_MODULES, response_tokens
 
 SCHEMA_VERSION = 1

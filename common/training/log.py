@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import write_atomic
+from common.files import json_line, write_atomic, write_jsonl
 from common.training.loss_curve import draw_loss_curve
 
 CURVE_SECONDS = 60  # the picture takes a third of a second, so it is drawn again at most this often
@@ -28,8 +28,7 @@ class TrainingLog:
         self.path, self.curve = Path(folder) / "training_log.jsonl", Path(folder) / "loss_curve.png"
         self.rows, self.writes, self.drawn = rows, writes, time.monotonic()
         if writes:
-            with write_atomic(self.path) as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            write_jsonl(self.path, rows)
 
     def add(self, kind: str, step: int, **figures: float | int | None) -> dict:
         """Append one line and draw the curve again if that is due."""
@@ -38,7 +37,7 @@ class TrainingLog:
         if self.writes:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json_line(row))
             except OSError as error:
                 raise UserError(
                     f"{self.path}: cannot be written ({error.strerror}); free space, then --resume"

@@ -41,14 +41,14 @@ class Position:
     stopped_early: bool = False
 
 
-@dataclass(frozen=True)
-class Setup:
-    """All that a run is made from: options, base with its adapter attached, data, and where it runs and writes."""
+@dataclass(eq=False, repr=False)
+class Run:
+    """A training run from its first step, or exactly where a checkpoint left off. Making it claims the folder."""
 
     options: TrainingOptions
     processes: Processes
     folder: RunFolder
-    base: Base
+    base: Base  # with its adapter attached
     fingerprint: dict
     data: tuple[DataFile, DataFile | None]  # training, validation
     train: Prepared
@@ -56,25 +56,18 @@ class Setup:
     layout: Layout
     checkpoint: tuple[Path, dict] | None  # (folder, state) to resume from
 
-
-class Run:
-    """A training run from its first step, or exactly where a checkpoint left off. Making it claims the folder."""
-
-    def __init__(self, setup: Setup):
-        options, processes, layout = setup.options, setup.processes, setup.layout
-        self.options, self.processes, self.layout, self.folder = options, processes, layout, setup.folder
-        self.base, self.fingerprint, self.data = setup.base, setup.fingerprint, setup.data
-        self.train, self.val = setup.train, setup.val
+    def __post_init__(self) -> None:
+        options, processes = self.options, self.processes
         global_batch = options.batch_size * options.gradient_accumulation_steps * processes.world
-        self.sharding = Sharding(global_batch, layout.micro, processes.rank, processes.world)
+        self.sharding = Sharding(global_batch, self.layout.micro, processes.rank, processes.world)
         self.steps_per_epoch = steps_per_epoch(len(self.train), global_batch)
         self.total_steps = options.epochs * self.steps_per_epoch
         self.warmup_steps = warmup_within(options.warmup_steps, self.total_steps)
         self.optimizer = AdamW(pack_lora(self.base.model), options.weight_decay)
         self.position, self.best, rows = Position(), {}, []
-        if setup.checkpoint:
-            self.position, self.best, rows = self._restore(*setup.checkpoint)
-        if processes.first and (renamed := self.folder.claim(fresh=not setup.checkpoint)):
+        if self.checkpoint:
+            self.position, self.best, rows = self._restore(*self.checkpoint)
+        if processes.first and (renamed := self.folder.claim(fresh=not self.checkpoint)):
             click.echo(renamed)
         self.reporter = make_reporter(
             options.report_to if processes.first else "none", self.folder.path, asdict(options)

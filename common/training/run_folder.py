@@ -6,10 +6,9 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import sync_folder, write_text
-from common.records import ARGS
 from common.training.checkpoint import Checkpoints, make_durable
 from common.training.model_card import CARD
-from integration.lora_patch.versions import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
+from integration.lora_patch.versions import ARGS, CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 
 TRAINED = ".trained"  # written last of all: the run that was asked for is finished. The launcher's exit code is not
 ADAPTER_FILES = (ARGS, CONFIG, PEFT_WEIGHTS, MLX_WEIGHTS, "adapter_model.bin", CARD)

@@ -13,7 +13,7 @@ from .errors import LoraError, first_of, one_line
 from .files import FLOATS, as_float32, read_json, safetensors_header
 from .names import module_name
 from .sources import PICKLES, WEIGHTS, Source
-from .versions import ARGS, CONFIG
+from .versions import ARGS, CONFIG, training_args
 
 MAX_ADAPTER = 8 << 30  # bytes; rank 256 on all layers of the 8B model takes 4 GB
 
@@ -229,9 +229,7 @@ def _training_notes(folder: Path) -> dict:
     from .photo import MAX_IMAGE_SIZE  # Pillow: slow to import
 
     notes = {"base_fingerprint": None, "max_image_size": MAX_IMAGE_SIZE}
-    if not (folder / ARGS).is_file():
-        return notes
-    trained = read_json(folder / ARGS)
+    trained = training_args(folder)
     settings = trained.get("settings") if isinstance(trained.get("settings"), dict) else {}
     size = settings.get("max_image_size")
     if isinstance(size, int) and 28 <= size <= 8192:

@@ -40,6 +40,15 @@ class Pace:
     seconds: dict[int, float] = field(default_factory=dict)  # a pass that verifies, by number of tokens
     met: set[int] = field(default_factory=set)
     records: dict[Hashable, Record] = field(default_factory=dict)
+    made: dict[str, tuple[int, int]] = field(default_factory=dict)  # (tokens, passes) by arm
+
+    def count(self, arm: str, tokens: int, passes: int) -> None:
+        """Note an answer of the base or of an adapter."""
+        before = self.made.get(arm, (0, 0))
+        self.made[arm] = before[0] + tokens, before[1] + passes
+
+    def tokens_a_pass(self) -> dict[str, float]:
+        return {arm: round(tokens / passes, 2) for arm, (tokens, passes) in sorted(self.made.items())}
 
     def note(self, tokens: int, seconds: float) -> None:
         """Note a verifying pass."""

@@ -25,6 +25,7 @@ import numpy as np
 from . import decode_kernel
 from .decode_kernel import DecodeKernel, KernelBatch
 from .drafting import Drafter, Pace
+from .errors import one_line
 from .grammar import Grammar, Matcher
 from .language_model import Batch, LanguageModel, update_of
 from .memory import room
@@ -32,6 +33,7 @@ from .repetition import repeated_tail
 from .vlm import Base, Row, stop_tokens
 
 LOOP_CHECK = 32  # tokens between two looks for a repetition loop
+WARM_UP = 16  # tokens of an answer that only has kernels compiled
 
 
 @dataclass
@@ -151,14 +153,41 @@ class Engine:
         """
         for slot, _, finish in self._decode(requests, batch_size, max_tokens, sampling, adapter, drafting):
             if finish:
+                self._count(slot, adapter)
                 count = len(slot.tokens)
                 watched = np.concatenate([np.array(part) for part in slot.seen])[:count] if slot.seen else None
                 yield Answer(slot.request.key, slot.request.sample, slot.tokens, finish, watched, slot.passes)
 
     def stream(self, request: Request, max_tokens: int, adapter=None, drafting: bool = True) -> Iterator[int]:
         """Yield one request's greedy tokens as they are verified; the end of turn is not among them."""
-        for _, tokens, _ in self._decode([request], 1, max_tokens, Sampling(), adapter, drafting):
+        for slot, tokens, finish in self._decode([request], 1, max_tokens, Sampling(), adapter, drafting):
+            if finish:
+                self._count(slot, adapter)
             yield from tokens
+
+    def warm_up(self, row: Row, adapter=None, logits: bool = False) -> float | None:
+        """Answer a few tokens of ``row``, so that no later answer waits for a kernel's compiler; return the seconds.
+
+        None where there is no kernel. ``logits``: for answers under a grammar too.
+
+        A kernel that fails here is given up for good: steps then run as plain MLX operations.
+        """
+        if self.kernel is None:
+            return None
+        pace, self.pace, started = self.pace, Pace(), time.perf_counter()  # what is measured here is no measure
+        try:
+            for watched in [(), (0,)][: 1 + logits]:
+                list(self.generate([Request(row, "", watched=watched)], 1, WARM_UP, adapter=adapter))
+        except Exception as error:
+            self.kernel, self.kernel_refusal = None, f"it failed: {one_line(error)}"
+            self._ready.clear()
+        finally:
+            self.pace = pace
+        return time.perf_counter() - started
+
+    def _count(self, slot: _Slot, adapter) -> None:
+        if slot.drafter:
+            self.pace.count("base" if adapter is None else "adapter", len(slot.tokens), slot.passes)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 

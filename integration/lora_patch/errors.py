@@ -5,11 +5,10 @@ class LoraError(ValueError):
     """An expected failure. The message is one line: the file, what is wrong, how to mend it."""
 
 
-def refuse(problems: list[str], limit: int = 20) -> None:
-    """Raise one `LoraError` for all ``problems`` (a line each, at most ``limit``); return when there are none."""
-    if problems:
-        more = [f"... and {len(problems) - limit} more"] if len(problems) > limit else []
-        raise LoraError("\n  ".join(problems[:limit] + more))
+def listed(problems: list[str], limit: int = 20) -> str:
+    """Return several problems as one message: a line each, at most ``limit`` of them."""
+    more = [f"... and {len(problems) - limit} more"] if len(problems) > limit else []
+    return "\n  ".join(problems[:limit] + more)
 
 
 def one_line(error: BaseException | str) -> str:

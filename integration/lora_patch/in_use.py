@@ -162,6 +162,7 @@ class AdaptersInUse:
                 "path": adapter.path,
                 "version": adapter.version,
                 "rank": adapter.ranks[0] if len(adapter.ranks) == 1 else adapter.ranks,
+                "applied": self.own.ways.get(adapter.digest, "by mlx-vlm's own generation" if self.model else None),
                 "megabytes": round(adapter.nbytes / 1e6, 1),
                 "trained_on": (adapter.trained_on or {}).get("name"),
                 "breaker": adapter.breaker.state(),

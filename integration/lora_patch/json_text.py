@@ -33,24 +33,28 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
     Raises ValueError (JSONDecodeError with a position where there is one) for everything else, NaN included.
     """
     try:
-        return _load(text), []
+        return load_json(text), []
     except json.JSONDecodeError as error:
         original = error
     for mended, mends in ((text, []), (without_trailing_commas(text), ["trailing_comma"])):
         for strict, more in ((True, []), (False, ["raw_control_characters"])):
             try:
-                return _load(mended, strict=strict), [*mends, *more]
+                return load_json(mended, strict), [*mends, *more]
             except ValueError:
                 continue
     raise original
 
 
-def _load(text: str, strict: bool = True) -> Any:
+def load_json(text: str, strict: bool = True) -> Any:
+    """Return a JSON value; ValueError, a JSONDecodeError where there is a position, also for NaN and endless nesting.
+
+    ``strict`` False lets control characters stand in strings.
+    """
     try:
         value = json.loads(text, parse_constant=_refuse_constant, strict=strict)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if is_too_deep(value):
+    if text.count("{") + text.count("[") > MAX_DEPTH and is_too_deep(value):
         raise ValueError("nested too deeply")
     return value
 

@@ -75,6 +75,7 @@ class OwnGeneration:
             if self.reason is None:
                 self.base = Base(model, processor, model.config, Path(name or "."), str(name))
                 self.engine = self.thread.submit(Engine, self.base).result()
+                self.thread.submit(self._warm_up, None).result()
         except Exception as error:  # whatever another mlx-vlm version does otherwise: its own generation serves then
             self.reason = f"this mlx-vlm is not known: {one_line(error)}"
         if self.reason is not None:
@@ -89,9 +90,26 @@ class OwnGeneration:
             return
         try:
             with contextlib.nullcontext() if within.get() else self.lock:
-                self.ways[adapter.digest] = self.thread.submit(self.engine.way, adapter).result()
+                self.ways[adapter.digest] = self.thread.submit(self._made_ready, adapter).result()
         except (LoraError, ValueError, KeyError) as error:  # on modules besides the language model's projections
             self._say(f"{adapter.path}: {one_line(error)}")
+
+    def _made_ready(self, adapter: Adapter) -> str:
+        self._warm_up(adapter)
+        return self.engine.way(adapter)
+
+    def _warm_up(self, adapter: Adapter | None) -> None:
+        """Have the GPU's kernels compiled now, so that the first request does not wait for that."""
+        if self.engine.kernel_refusal is not None:
+            return
+        from PIL import Image
+
+        from . import vlm
+
+        encoded = vlm.encode(self.base, "A photograph.", [Image.new("RGB", (256, 256))])
+        seconds = self.engine.warm_up(vlm.prepare_row(self.base, encoded), adapter, flags.constrained)
+        what = f"not compiled: {failed}" if (failed := self.engine.kernel_refusal) else f"compiled in {seconds:.1f} s"
+        say(logging.INFO, f"the GPU's kernel for {adapter.version if adapter else 'the base'} is {what}")
 
     def understand(self, call: Call, adapter: Adapter | None) -> Wanted:
         """Return what a call asks for; Unknown when it is another's to answer."""
@@ -256,8 +274,9 @@ class OwnGeneration:
             "generation": {
                 "in_use": self.reason is None,
                 "reason": self.reason,
+                "kernel": self.engine and (self.engine.kernel_refusal or "in use"),
+                "tokens_a_pass": self.engine.pace.tokens_a_pass() if self.engine else {},
                 "answered": self.answered,
-                "adapters": sorted(set(self.ways.values())),
                 "by_mlx_vlm": dict(self.fallbacks),
                 "constrained": flags.constrained,
             }

@@ -45,6 +45,11 @@ def find_versions(models: Path, advisor: str) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def training_args(folder: Path) -> dict:
+    """Return what training recorded beside an adapter; {} where there is no record. LoraError for a damaged one."""
+    return read_json(folder / ARGS) if (folder / ARGS).is_file() else {}
+
+
 def adapter_hashes(folder: Path) -> dict[str, str]:
     """Return {file: SHA-256 in hex} of the files that make an adapter what it is."""
     found = {}

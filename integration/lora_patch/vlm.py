@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from .errors import LoraError, one_line, refuse
+from .errors import LoraError, listed, one_line
 from .files import read_json
 from .hub import model_folder
 
@@ -408,7 +408,8 @@ def build_adapter(
         module.freeze()
         module.train(False)
         modules[name] = module
-    refuse(problems)
+    if problems:
+        raise LoraError(listed(problems))
     mx.eval([[m.lora_a, m.lora_b] for m in modules.values()])
     return LoraModules(rank, alpha, dropout, modules)
 

@@ -10,13 +10,14 @@ import mlx_vlm
 import pytest
 from PIL import Image
 
-from integration.lora_patch import hooks
+from integration.lora_patch import engine, hooks, vlm
 from integration.lora_patch.adapters import read_adapter
 from integration.lora_patch.answering import Answering
 from integration.lora_patch.arms import Breaker, job_of_request
 from integration.lora_patch.flags import flags
 from integration.lora_patch.in_use import AdaptersInUse
 from integration.lora_patch.jobs import Recorder
+from integration.lora_patch.language_model import Batch
 from integration.lora_patch.sources import adapter_in
 from integration.lora_patch.vlm import special_tokens
 from tests.sample.make_tree import sample_prompt
@@ -87,7 +88,12 @@ def test_answers_are_those_of_mlx_vlm(arm, photos, service, loaded, folder, phot
     theirs = list(mlx_vlm.stream_generate(*theirs, prompt, image=images, **how))
     assert [(p.text, p.token, p.finish_reason) for p in pieces] == [(p.text, p.token, p.finish_reason) for p in theirs]
     assert service.adapters.own.answered == 2 and not service.adapters.own.fallbacks
-    assert hooks.service.adapters.own.health()["generation"]["in_use"]
+    health = hooks.service.adapters.health() | hooks.service.adapters.own.health()
+    assert health["generation"]["in_use"] and health["generation"]["kernel"] == "no CUDA"
+    assert health["adapters"]["*"]["applied"] == "merged"
+    # this arm alone has answered; each answer's first token comes with the prefill
+    assert list(health["generation"]["tokens_a_pass"]) == [{"fine_tuned": "adapter"}.get(arm, arm)]
+    assert health["generation"]["tokens_a_pass"].popitem()[1] >= 1
 
 
 def test_every_request_may_come_in_a_thread_of_its_own(service, loaded, photo):
@@ -114,7 +120,7 @@ def test_a_service_that_ends_while_it_answers_ends_at_once(tmp_path, tiny_base, 
     code = """if True:
         import sys, threading, time, mlx_vlm
         base, folder, photo = sys.argv[1:]
-        from integration.lora_patch import hooks
+        from integration.lora_patch import engine, hooks, vlm
         from integration.lora_patch.flags import flags
         flags.lora_path, flags.model_mode, flags.fallback_on_invalid = folder, "fine_tuned", False
         model, processor = hooks.attach(mlx_vlm.load(base), base)
@@ -220,6 +226,71 @@ def test_another_model_type_is_served_by_mlx_vlm(loaded, service, monkeypatch):
 
 
 TEXT = "Say <|im_end|> or <|image_pad|>."
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A kernel that works as plain operations do; the rows that it was given."""
+    given = []
+
+    class Kernel:
+        def __init__(self, model):
+            self.model = model
+
+        def longest(self, rank):
+            return 16
+
+    def batch(kernel, layers, lora, rows):
+        given.append(rows)
+        return Batch(kernel.model, layers)
+
+    monkeypatch.setattr(engine.decode_kernel, "refusal", lambda model: None)
+    monkeypatch.setattr(engine, "DecodeKernel", Kernel)
+    monkeypatch.setattr(engine, "KernelBatch", batch)
+    return given
+
+
+def test_a_kernel_is_compiled_before_the_first_request(service, loaded, kernel, caplog):
+    caplog.set_level(logging.INFO, "lora_patch")
+    service.adapters.adopt(*loaded, None)
+    said = [record.message for record in caplog.records if "kernel" in record.message]
+    version = service.adapters.table["*"].version
+    assert len(said) == 2 and said[0].startswith("the GPU's kernel for the base is compiled in ")
+    assert said[1].startswith(f"the GPU's kernel for {version} is compiled in ")
+    assert kernel == [1, 1]
+    health = service.adapters.own.health()["generation"]
+    assert (health["kernel"], health["answered"], health["tokens_a_pass"]) == ("in use", 0, {})
+    assert service.adapters.own.engine.pace.single is None  # a time with a compiler's in it is no measure
+    warm_up = service.adapters.own.engine.warm_up
+    for logits, batches in ((False, 1), (True, 2)):  # under --constrained the kernel returns its logits too
+        kernel.clear()
+        service.adapters.own.thread.submit(warm_up, tiny_row(service), None, logits).result()
+        assert len(kernel) == batches
+
+
+def tiny_row(service):
+    encoded = vlm.encode(service.adapters.own.base, "A photograph.", [])
+    return vlm.prepare_row(service.adapters.own.base, encoded)
+
+
+def test_without_a_kernel_the_start_waits_for_nothing(service, loaded, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "lora_patch")
+    monkeypatch.setattr(engine.Engine, "_decode", lambda *_: 1 / 0)
+    service.adapters.adopt(*loaded, None)
+    assert service.adapters.own.reason is None
+    assert not [record for record in caplog.records if "kernel" in record.message]
+
+
+def test_a_kernel_that_fails_at_the_start_is_given_up(service, loaded, kernel, photo, monkeypatch, caplog):
+    prompt, how = formatted(loaded, "What is there?"), {"max_tokens": 6, "temperature": 0.0}
+    expected = ask(mlx_vlm.generate, "fine_tuned", *loaded, prompt, [photo], **how).text
+    monkeypatch.setattr(engine, "KernelBatch", lambda *_: 1 / 0)
+    caplog.set_level(logging.INFO, "lora_patch")
+    service.adapters.adopt(*loaded, None)
+    assert service.adapters.own.health()["generation"]["kernel"] == "it failed: division by zero"
+    assert "the GPU's kernel for the base is not compiled: it failed: division by zero" in caplog.messages
+    assert ask(mlx_vlm.generate, "fine_tuned", *loaded, prompt, [photo], **how).text == expected
+    assert service.adapters.own.answered > 0 and not service.adapters.own.fallbacks
 
 
 def test_names_of_special_tokens_in_a_text_are_text(service, loaded, photo, monkeypatch):
