@@ -40,7 +40,7 @@ PHOTO_CACHE = ".photo_cache.db"
 @option("--mode", multiple=True, default=("base",), help='modes to take, may be repeated; "base": every mode but an adapter\'s, "all": those too')  # fmt: skip  # noqa: E501
 @option("--dimensions", help='what prompts ask for that do not tell: "7", "8", or names separated by commas  [default: read from each job\'s prompt]')  # fmt: skip  # noqa: E501
 @option("--score_range", metavar="LOW-HIGH", help='scores that prompts ask for that do not tell, such as "0-100"  [default: read from each job\'s prompt, else 1-10]')  # fmt: skip  # noqa: E501
-@option("--why", metavar="JOB", help="print what the jobs whose ids begin so hold, what was read from them and every verdict; write nothing")  # fmt: skip  # noqa: E501
+@option("--why", metavar="JOB", help="print the jobs whose ids begin with JOB: what they hold, what was read from it, every verdict; write nothing")  # fmt: skip  # noqa: E501
 @option_group("Output")
 @option("--output_dir", type=PATH, default="training_data", help="folder for all that is written")
 @option("--output_file", default="training_data_manifest.jsonl", help="name of the manifest in output_dir")

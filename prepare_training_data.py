@@ -41,7 +41,7 @@ from integration.lora_patch.photo import MAX_IMAGE_SIZE
 @option("--output_dir", type=PATH, default="training_data", help="folder for all that is written")
 @option("--format", "row_format", type=click.Choice(["triplet", "messages"]), default="triplet", help="triplet: image_path, prompt, response; messages: chat rows for other trainers")  # fmt: skip  # noqa: E501
 @option("--dry_run", is_flag=True, help="print what would be written, and write nothing")
-@option("--why", metavar="JOB", help="print the raw text, what is read from it and each verdict of the job whose id begins so; write nothing")  # fmt: skip  # noqa: E501
+@option("--why", metavar="JOB", help="print the job whose id begins with JOB: its raw text, what is read from it, each verdict; write nothing")  # fmt: skip  # noqa: E501
 @option_group("Prompt")
 @option("--system_prompt", type=PATH, help="file with a system prompt to use instead of the database's")
 @option("--prompts_db", type=PATH, help="database to take the prompts from  [default: the newest in the manifest]")

@@ -19,7 +19,7 @@ from common.files import write_text
 from common.tables import paragraph
 from integration.lora_patch.errors import LoraError
 
-# Set by the Makefile: the variables that its user gave, as typed. A script then speaks of make's words.
+# Set by the Makefile: the variables that its user gave, as typed. Messages then name make's variables.
 MAKE_VARIABLES = "MONDRIAN_MAKE_VARIABLES"
 MAKE_NAMES = {
     "--advisor": "ADVISOR=",

@@ -25,7 +25,7 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 @contextlib.contextmanager
 def write_atomic(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    r"""Open a temporary file that becomes ``path`` when the block ends well, and vanishes when it does not.
+    r"""Open a temporary file that becomes ``path`` when the block succeeds, and is removed when it fails.
 
     The data reach the disk (fsync of file and folder) before the name does, so a crash leaves the old file or
     the new one. ``mode`` is "w" (UTF-8, newline "\n") or "wb". What a killed run left of the same file is removed.
@@ -138,7 +138,7 @@ class _Damage(ValueError):
 
 
 def _load(text: str) -> Any:
-    """Return a JSON value that this project can write again: no NaN, no half characters, nothing nested without end."""
+    """Return a JSON value that this project can write again: no NaN, no half characters, nothing nested too deeply."""
     try:
         value = load_json(text)
     except json.JSONDecodeError as error:
@@ -174,7 +174,7 @@ class RowFile:
     def rows(self, label: str | None = None) -> Iterator[tuple[int, int, dict]]:
         """Yield (line from 1, place for `read`, row); all damaged rows are one UserError at the end, a line each.
 
-        After the first damaged row no more is yielded. ``label`` shows a progress bar.
+        Nothing is yielded after the first damaged row. ``label`` shows a progress bar.
         """
         problems = []
         numbered = ((at + 1, at, row) for at, row in enumerate(self._array)) if self._is_array else self._lines(label)
@@ -193,7 +193,7 @@ class RowFile:
                 number += 1
                 start, place = place, place + len(line)
                 if len(line) > MAX_LINE:
-                    while line and not line.endswith(b"\n"):  # passed over in pieces, never held whole
+                    while line and not line.endswith(b"\n"):  # skipped in pieces, never held whole
                         line = file.readline(1_000_000)
                         place += len(line)
                     yield number, start, _Damage(f"a line of more than {MAX_LINE:,} bytes")

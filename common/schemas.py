@@ -3,7 +3,7 @@
     problem = fault(row, MANIFEST)       # None, or one line: "image_sha256 is 5; 64 hex digits were expected"
 
 A file is edited by hand and passed on, so every reader checks each row against its table here before it uses it.
-Fields that a table does not name are let be. docs/formats.md shows the tables.
+Fields that a table does not name are ignored. docs/formats.md shows the tables.
 """
 
 import base64
@@ -105,7 +105,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class Column:
-    """A field of a row: its kind (of `KINDS`), what it means, whether it must be there, whether null will do."""
+    """A field of a row: its kind (of `KINDS`), what it means, whether it is required, whether null is allowed."""
 
     kind: str
     meaning: str
@@ -128,7 +128,7 @@ def fault(row: Any, schema: dict[str, Column]) -> str | None:
     return None
 
 
-_SEEN = {  # what says which photograph and job a row is of
+_SEEN = {  # the job and the photograph that a row belongs to
     "job_id": Column("name", "id of the job in its database"),
     "image_path": Column("path", "the photograph, from the working folder or absolute"),
     "image_sha256": Column("hash", "SHA-256 of the photograph's bytes"),
@@ -213,7 +213,7 @@ SPLIT_RECORD = {
     "photographs": Column("object", "side and thumbnail of each photograph, by SHA-256"),
 }
 SPLIT_PHOTOGRAPH = {
-    "side": Column("side", "of the photograph, for ever"),
+    "side": Column("side", "of the photograph; it never changes"),
     "thumb": Column("base64", "thumbnail, for near-duplicates; absent where it could not be read", needed=False),
 }
 _OUTPUT = {

@@ -106,7 +106,7 @@ def judge_all(manifest: RowFile, advisor: str, target: Target) -> Judged:
 def response_of(row: dict, target: Target, candidate: Candidate) -> tuple[str, list[tuple[int, int]]]:
     """Return the response that an example teaches, and the spans of it that stay out of the loss.
 
-    A row of which a dimension is lacking and that is an example all the same (``--gate schema=warn``) is written in the
+    A row that lacks a dimension but is an example anyway (``--gate schema=warn``) is written in the
     canonical form.
     """
     analysis, _ = target.as_trained(row["analysis"])

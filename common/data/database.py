@@ -135,7 +135,7 @@ class Database:
     def _open(path: Path, how: str) -> sqlite3.Connection:
         uri = f"file:{quote(str(path.absolute()))}?{how}"
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_PATIENCE)
-        connection.text_factory = bytes  # decoded where a damaged text can be laid to its row
+        connection.text_factory = bytes  # decoded later, where a damaged text can be reported with its row
         return connection
 
     def _wait_for_writer(self, connection: sqlite3.Connection) -> None:

@@ -337,7 +337,7 @@ def _read_all(jobs: Iterator[tuple[dict, Task]], reader: Reader, workers: int) -
         waiting: deque = deque()  # never more than a few chunks in memory
         for chunk in chunks:
             waiting.append(([job for job, _ in chunk], pool.submit(_work, [task for _, task in chunk])))
-            for job, task in chunk:  # the texts are with the worker now, but for what the row needs
+            for job, task in chunk:  # the worker has the texts now: keep only what the row needs
                 job["prompt"] = task.texts.get("prompt")
                 job["analysis_markdown"] = job["llm_outputs"] = job["llm_prompt"] = None
             if len(waiting) > 2 * workers:

@@ -57,7 +57,7 @@ class Place:
 
 
 class Locator:
-    """An index of the regular files below one folder; finding a name touches the disk no more."""
+    """An index of the regular files below one folder; finding a name does not touch the disk again."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
@@ -264,7 +264,7 @@ def _nature(data: bytes) -> str:
 
 
 class PhotoCache:
-    """What was learnt of photographs in earlier runs, by path, size and mtime. A damaged cache is made anew."""
+    """What earlier runs found out about photographs, by path, size and mtime. A damaged cache is made again."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -342,7 +342,7 @@ def describe_all(paths: Iterable[str], cache_path: str | os.PathLike, workers: i
     fresh: dict[str, Photo] = {}
     for path, photo in tqdm(_described(todo, workers), total=len(todo), desc="photographs", disable=not todo):
         photos[path] = fresh[path] = photo
-        if len(fresh) == 200:  # an interrupted first pass goes on where it was
+        if len(fresh) == 200:  # an interrupted first pass continues here
             cache.put(fresh, stamps)
             fresh = {}
     cache.put(fresh, stamps)

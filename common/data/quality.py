@@ -97,7 +97,7 @@ class Target:
         An overall score that is missing or far from the mean of the dimensions gives way to that mean.
         """
         dropped = False
-        with contextlib.suppress(KeyError):  # a dimension is lacking: the gate schema says so
+        with contextlib.suppress(KeyError):  # a dimension is missing: the gate schema reports it
             analysis, dropped = self.specification.project(analysis)
         highest = self.specification.score_range[1]
         mean = (

@@ -1,4 +1,4 @@
-"""Where a job's analysis is found, and why there is none when there is none.
+"""Where a job's analysis is found, or why none is found.
 
     found = find_analysis(job, advisor, files, asked)      # Found, or AnalysisError with one of REASONS
 
@@ -368,8 +368,8 @@ def _is_echo(text: str, prompt: str) -> bool:
 
 
 def _without_thoughts(text: str) -> tuple[str, bool]:
-    """Return (text without reasoning, whether there was any). An unclosed thought reaches to the text's end, but for
-    an analysis that stands whole in it."""
+    """Return (text without reasoning, whether there was any). An unclosed thought reaches to the end of the text,
+    unless a whole analysis is in it."""
     parts, at = [], 0
     while opening := _THOUGHT.search(text, at):
         parts.append(text[at : opening.start()])

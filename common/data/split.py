@@ -1,4 +1,4 @@
-"""Train or validation: by photograph group, without leak, the same side for ever.
+"""Train or validation: by photograph group, without leaks; a photograph keeps its side.
 
     sides, left_out = split(groups, links, record, fraction, seed)
 

@@ -102,7 +102,7 @@ def recomputed(report: dict, gates: list[Gate], strict: bool = False) -> dict:
 
 
 def read_report(path: Path) -> dict:
-    """Read a comparison_report.json; UserError when it is none, damaged, or of another schema."""
+    """Read a comparison_report.json; UserError for another kind of file, a damaged one, or another schema."""
     report = read_json(path)
     if not isinstance(report, dict) or report.get("kind") != KIND:
         raise UserError(f"{path}: not a comparison report; run evaluate_lora.py")

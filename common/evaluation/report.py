@@ -15,7 +15,7 @@ from common.records import software_versions
 
 
 def assemble(evaluation: Evaluation, source: Source, items: list[Item], rows: list[dict], seconds: float) -> dict:
-    """Return the report's content but for what is computed from it (see `common.evaluation.comparison.decided`)."""
+    """Return the report's content, except what is computed from it (see `common.evaluation.comparison.decided`)."""
     prompts: dict[str, dict] = {}
     names = {prompt: f"prompt-{n}" for n, prompt in enumerate(dict.fromkeys(i.example.prompt for i in items), 1)}
     for item in items:

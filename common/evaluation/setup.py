@@ -75,7 +75,7 @@ class Evaluation:
 
 
 def resolve(options: Options) -> Evaluation:
-    """Fill in what was not given on the command line; UserError for an adapter folder that is none."""
+    """Fill in what was not given on the command line; UserError for a folder without an adapter."""
     folder, warnings = options.lora_path, []
     training = _training_args(folder)
     advisor = training.get("advisor") or versions.parse_folder(folder)[0]

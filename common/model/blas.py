@@ -2,7 +2,7 @@
 
     .venv/bin/python -m common.model.blas
 
-Writes openblas.pth into the virtual environment's site-packages (`make setup` runs it; macOS and CUDA need it not).
+Writes openblas.pth into the virtual environment's site-packages (`make setup` runs it; macOS and CUDA do not need it).
 MLX's CPU wheel for Linux is linked to the reference BLAS, some 20 times slower in float32. A library that is loaded
 globally before MLX takes its place; a .pth line runs when Python starts, so this holds for every script and test,
 in any working directory, where LD_PRELOAD would need a path without spaces.

@@ -3,7 +3,7 @@
     q, k, v = heads(qkv, (q_norm, k_norm), (cos, sin), eps, n_heads, n_kv)
 
 Why kernels: of an H200's 4.3 TB/s, MLX's fused graphs reach 0.6 to 1 here, and they write what two results share to
-memory in float32 (SwiGLU's backward pass: 333 microseconds in place of 86). With the projections that share an input
+memory in float32 (SwiGLU's backward pass: 333 microseconds instead of 86). With the projections that share an input
 stacked, they took the step of the 4B model from 145 to 128 ms, dropout's from 14 ms to 9. Arithmetic
 is float32 inside, rounded once at the end. Reads and writes no files.
 """

@@ -229,7 +229,7 @@ class _Queue:
     """Keeps the device busy without letting the host run ahead of it.
 
     A buffer of queued work is allocated when it is queued and freed when the device is done. Unbounded, the host queues
-    a whole backward pass and the peak grows by every layer's temporaries (30 GB in place of 17 for the 4B model);
+    a whole backward pass and the peak grows by every layer's temporaries (30 GB instead of 17 for the 4B model);
     without a queue the device idles while Python prepares the next layer.
     """
 

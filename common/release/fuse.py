@@ -132,7 +132,7 @@ class _Merging:
         return {"mode": "affine"} | {key: settings[key] for key in ("group_size", "bits", "mode") if key in settings}
 
     def shard(self, names: list[str]) -> dict[str, mx.array]:
-        """Return the merged tensors of one shard; the base's arrays are let go."""
+        """Return the merged tensors of one shard, and free the base's arrays."""
         result = {}
         for name in names:
             stem, _, part = name.rpartition(".")

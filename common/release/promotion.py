@@ -41,7 +41,7 @@ HISTORY = "history.jsonl"
 class Rule:
     """Which verdicts put a version in use, and the gates file that stands in for the report's own gates."""
 
-    strict: bool = False  # "pass" alone, where "likely" will do otherwise
+    strict: bool = False  # only "pass" promotes; otherwise "likely" does too
     gates: Path | None = None
 
     def judge(self, report: dict) -> dict:

@@ -58,8 +58,8 @@ class RoundOptions:
 def run_round(options: RoundOptions) -> tuple[str, int]:
     """Run the phases; return a paragraph that says what came of it, and the exit code (0: promoted).
 
-    Nothing existing is changed. A round that was interrupted goes on with its version, whether that is half trained or
-    not yet judged. UserError when a phase fails.
+    Nothing existing is changed. An interrupted round continues with its version, whether that is half trained or not
+    yet judged. UserError when a phase fails.
     """
     with locked(options.models, options.advisor):
         ensure_record(options.models, options.advisor)

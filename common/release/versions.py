@@ -45,7 +45,7 @@ def shared(command):
 
 
 def rule_options(command):
-    """Add the options that say which verdicts will do."""
+    """Add the options that say which verdicts are enough."""
     strict = option("--strict", is_flag=True, help='promote on "pass" alone, not on "likely"')
     gates = option("--gates", type=PATH, help="gates file  [default: the gates in the report]")
     return strict(gates(command))

@@ -2,8 +2,8 @@
 
 A checkpoint holds the adapter, the optimizer's moments, the best adapter so far, the log up to its step, and
 `state.json` (position in the data, random state, settings, hashes of data and base). `manifest.json` names every
-file's size and SHA-256, so a folder that a power loss or a bad disk has damaged is passed over for the one before.
-A checkpoint alone suffices to resume: nothing else in the run's folder is read.
+file's size and SHA-256, so a folder that a power loss or a bad disk has damaged is skipped for the one before.
+A checkpoint is enough to resume: nothing else in the run's folder is read.
 """
 
 import os
@@ -39,7 +39,7 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def newest(self) -> tuple[Path, dict] | None:
-        """Return (folder, state) of the newest whole checkpoint; damaged ones are named on stderr and passed over."""
+        """Return (folder, state) of the newest whole checkpoint; damaged ones are named on stderr and skipped."""
         for step in self.steps():
             problem = damage(self.path(step))
             if problem is None:
@@ -50,7 +50,7 @@ class Checkpoints:
     def save(self, step: int, tensors: dict[str, dict[str, HostArray]], state: dict, log: list[dict]) -> Path:
         """Write a checkpoint of ``step``: one safetensors file for each of ``tensors``, ``state`` and ``log``.
 
-        Older ones beyond ``keep`` go afterwards. When the disk refuses, what was begun is removed and a UserError
+        Older ones beyond ``keep`` are removed afterwards. When the disk refuses, the draft is removed and a UserError
         names the newest whole checkpoint.
         """
         target, draft = self.path(step), self.folder / f".writing-{os.getpid()}-{step:06d}"
@@ -87,7 +87,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         for step in self.steps()[self.keep :]:
-            # out of sight first: a half-removed folder must not pass for a checkpoint
+            # renamed first: a half-removed folder must not look like a checkpoint
             aside = self.folder / f".removing-{os.getpid()}-{step:06d}"
             self.path(step).rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
@@ -99,7 +99,7 @@ class Checkpoints:
 
 
 def make_durable(folder: Path) -> None:
-    """Make a folder whose name, and those of the folders above it, outlast a power cut."""
+    """Make a folder such that its name, and those of new folders above it, survive a power cut."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:

@@ -40,7 +40,7 @@ def step_examples(examples: int, step: int, seed: int, sharding: Sharding) -> tu
 def micro_batches(lengths: list[int], step: int, seed: int, sharding: Sharding) -> list[list[int]]:
     """Return this process's micro-batches of example indices in optimizer step ``step``.
 
-    Rows of like length share a micro-batch, which pads least; every example of the epoch is in exactly one.
+    Rows of similar length share a micro-batch, which pads least; every example of the epoch is in exactly one.
     """
     return _by_length(
         lengths, step_examples(len(lengths), step, seed, sharding)[sharding.rank :: sharding.world], sharding

@@ -21,7 +21,7 @@ LAUNCHED_BY = ("MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SI
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together. ``rank`` 0 alone writes files and speaks."""
+    """The processes that train together. Only ``rank`` 0 writes files and prints."""
 
     rank: int = 0
     world: int = 1
@@ -43,12 +43,12 @@ class Processes:
         return array if self.world == 1 else self.sum(array if self.first else mx.zeros_like(array))
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Return when all processes have reached this point."""
         if self.world > 1:
             self.sum(mx.array(0.0)).item()
 
     def agreed(self, decide: Callable[[], Any]) -> Any:
-        """Return what ``decide`` (a JSON value) says on rank 0; where it raises UserError all end, and rank 0 tells."""
+        """Return what ``decide`` (a JSON value) says on rank 0; on a UserError all end, and rank 0 reports it."""
         if self.world == 1:
             return decide()
         answer, error = {}, None

@@ -57,7 +57,7 @@ def export_phrasebook(run: Run) -> str:
 
 
 def training_record(run: Run, losses: dict) -> dict:
-    """Return the content of training_args.json: all that evaluation, service and a repetition need to know."""
+    """Return the content of training_args.json: all that evaluation, the service and a repeated run need to know."""
     options, position, (train, val) = run.options, run.position, run.data
     return {
         "schema_version": SCHEMA_VERSION,

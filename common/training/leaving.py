@@ -22,7 +22,7 @@ def leave(
     number: signal.Signals | None, options: TrainingOptions, processes: Processes, run: Run | None = None
 ) -> NoReturn:
     """Exit after a signal, with the shell's code for it. ``run``: its last step has just been saved."""
-    number = number or signal.SIGTERM  # another process of the run was asked to stop
+    number = number or signal.SIGTERM  # it was another process that was asked to stop
     if processes.first:
         checkpoints = Checkpoints(Path(options.output_dir) / "checkpoints", options.keep_checkpoints)
         if run:

@@ -20,8 +20,8 @@ CURVE_SECONDS = 60  # the picture takes a third of a second, so it is drawn agai
 class TrainingLog:
     """`training_log.jsonl`: {"kind": "train"|"validation", "step": ...} a line, appended as it happens.
 
-    ``rows`` are the lines so far: a resumed run has them from its checkpoint and writes the file anew, so no step
-    stands there twice. Only the process that ``writes`` touches the disk.
+    ``rows`` are the lines so far: a resumed run takes them from its checkpoint and writes the file again, so no step is
+    in it twice. Only the process that ``writes`` touches the disk.
     """
 
     def __init__(self, folder: Path, rows: list[dict], writes: bool):
@@ -56,7 +56,7 @@ class TrainingLog:
 
 
 def read_log(path: Path, upto_step: int) -> list[dict]:
-    """Return a log's lines up to a step, those before the first that is damaged: a kill cuts the last one short."""
+    """Return a log's lines up to a step, as far as they are whole: a kill cuts the last one short."""
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -129,7 +129,7 @@ def _figures(row: dict) -> list[tuple[str, float]]:
 
 
 def clock(seconds: float) -> str:
-    """Return a duration as people say it: 45 s, 12 min, 3 h 05 min."""
+    """Return a duration for people: 45 s, 12 min, 3 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -137,5 +137,5 @@ def clock(seconds: float) -> str:
 
 
 def print_line(line: str) -> None:
-    """Print one line without tearing a progress bar apart."""
+    """Print one line without breaking a progress bar."""
     tqdm.write(line)

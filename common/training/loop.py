@@ -38,7 +38,7 @@ def train_loop(run: Run, stop: StopRequest) -> bool:
             dispatched = dispatch(run, step, batches, bool(stop))
             batches = to_device(run, next(incoming, []))
             figures, stopping = wait_for(run, step, dispatched, started)
-            stopping = stopping or (run.processes.world == 1 and bool(stop))  # several have to agree, a step later
+            stopping = stopping or (run.processes.world == 1 and bool(stop))  # several processes agree, a step later
             position.step = step + 1
             report(run, bar, figures)
             epoch_ends = position.step % run.steps_per_epoch == 0

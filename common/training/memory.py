@@ -120,7 +120,7 @@ def estimate(shape: Shape, layout: Layout, targets: int) -> Plan:
     # kept for the backward pass, in values a token and layer: see "keep" in common/model/layer.py
     products = q + 2 * kv + 2 * inner
     kept = 2 * d + 7 * shape.rank + (0 if layout.checkpointing else products)
-    # in hand: a layer's temporaries, for the layers that are under way at once; a quarter of them is always float32
+    # temporaries of the layers that are under way at once; a quarter of them is always float32
     values = 4 * d + 4 * q + 5 * inner + (products if layout.checkpointing else 0)
     layer = IN_FLIGHT * tokens * values * (3 * item + 4) // 4
     # float32 scores and what becomes of them: of a block of queries, or of all
@@ -136,7 +136,7 @@ def estimate(shape: Shape, layout: Layout, targets: int) -> Plan:
         "base": shape.weights,
         "adapter and AdamW": adapter * (4 + 8 + item),
         "activations": shape.layers * tokens * kept * item + 2 * tokens * d * item * (1 + shape.deepstack),
-        "work in hand": max(head, layer + 8 * adapter, 20 * adapter),
+        "temporaries": max(head, layer + 8 * adapter, 20 * adapter),
     }
     return Plan(layout, parts)
 

@@ -1,4 +1,4 @@
-"""AdamW over one flat vector, and the learning rate's course: what a training step does once gradients are known."""
+"""AdamW over one flat vector, and the learning-rate schedule: what a training step does once gradients are known."""
 
 import math
 
@@ -21,9 +21,9 @@ def warmup_within(warmup_steps: int, total_steps: int) -> int:
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with bias correction, in float32.
 
-    All parameters are one vector (`step.pack_lora`): one kernel an operation instead of one for each of the
-    hundreds of LoRA matrices, and one tensor a moment in a checkpoint. mlx.optimizers.AdamW over the same vector rounds
-    otherwise in the last digit, and with what leaves a step out it takes 39 primitives instead of 35.
+    All parameters are one vector (`step.pack_lora`): one kernel an operation instead of one for each of the hundreds of
+    LoRA matrices, and one tensor a moment in a checkpoint. mlx.optimizers.AdamW over the same vector differs in the
+    last digit, and with the part that skips a step it takes 39 primitives instead of 35.
     """
 
     def __init__(

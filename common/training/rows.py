@@ -80,7 +80,7 @@ class RowStore:
             self.on_disk.add(key)
 
     def find(self, key: str) -> HostRow | None:
-        """Return a row that this run or a killed one before it has made, if it is whole."""
+        """Return a row that this run, or a killed one before it, has made; None if it is missing or damaged."""
         if key in self.memory:
             return self.memory[key]
         try:

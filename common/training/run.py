@@ -28,7 +28,7 @@ LOCK_SECONDS = 5.0  # a killed process holds its locks until its memory is given
 
 @dataclass
 class Position:
-    """How far a run is: all that a checkpoint tells of it besides tensors."""
+    """How far a run is: what a checkpoint holds besides tensors and settings."""
 
     step: int = 0  # optimizer steps done
     tokens: int = 0
@@ -117,9 +117,9 @@ class Run:
         return self.write(self.snapshot()) if self.processes.first else None
 
     def step_ends(self) -> None:
-        """Keep the state in hand while the next step runs, if it could be needed: another process may be lost in it.
+        """Keep this state while the next step runs, in case another process is lost in that step.
 
-        It costs no computation; the device holds the former state besides the new one for the moment of the update.
+        It costs no computation; the device holds both states for the moment of the update.
         """
         if self.processes.world > 1:
             self.last_step = self.snapshot()
@@ -128,7 +128,7 @@ class Run:
         """Return the checkpoint of the last step that all processes finished, written now if need be.
 
         Called from another thread while the main one waits in MLX, so it must not compute anything with MLX. None if
-        there is no such step, or not all of it is known here, or the folder is not to be had.
+        there is no such step, this process does not know all of it, or the folder stays locked.
         """
         snapshot = self.last_step
         if snapshot is None or not snapshot.position.step:

@@ -1,4 +1,4 @@
-"""The folder a training run writes to: never overwritten unasked, used by one run at a time, resumed exactly."""
+"""The folder a training run writes to: overwritten only on request, used by one run at a time, resumed exactly."""
 
 import fcntl
 import time
@@ -10,7 +10,7 @@ from common.training.checkpoint import Checkpoints, make_durable
 from common.training.model_card import CARD
 from integration.lora_patch.versions import ARGS, CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
 
-TRAINED = ".trained"  # written last of all: the run that was asked for is finished. The launcher's exit code is not
+TRAINED = ".trained"  # written last: the run is finished, which the launcher's exit code does not prove
 ADAPTER_FILES = (ARGS, CONFIG, PEFT_WEIGHTS, MLX_WEIGHTS, "adapter_model.bin", CARD)
 
 
@@ -108,7 +108,7 @@ class RunFolder:
                 time.sleep(0.1)
 
     def mark(self, finished: bool) -> None:
-        """Say by a file that the run is finished, or that it is not."""
+        """Record with a file that the run is finished, or that it is not."""
         if finished:
             write_text(self.path / TRAINED, "")
             return

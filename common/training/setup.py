@@ -132,7 +132,7 @@ def lay_out(
 
 @contextlib.contextmanager
 def device_errors(watchdog: Watchdog) -> Iterator[None]:
-    """Turn the device's out-of-memory error, whichever way it comes, into one line that says what to change.
+    """Turn the device's out-of-memory error, in any form, into one line that says what to change.
 
     A process whose peer has ended ends too, with its last step saved.
     """

@@ -1,6 +1,6 @@
-"""Signals to stop: between two steps they are requests, which save first; anywhere else they end with one line.
+"""Signals to stop. Between two steps they are requests: the run saves, then ends. Elsewhere they end it with one line.
 
-A terminal, or a launcher, that has gone away is such a request too: the output that it no longer reads is dropped.
+A terminal or launcher that closes is such a request too: output that nobody reads any more is dropped.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal that came where there is no step to finish; no Exception, so that nothing on the way handles it."""
+    """A signal outside a step; no Exception, so that nothing on the way handles it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -55,7 +55,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def ignored(self) -> Iterator[None]:
-        """While in the block, which saves, no signal ends it: a launcher sends a second one soon after the first."""
+        """Within the block, which saves, no signal interrupts: a launcher sends a second one soon after the first."""
         self.saving = True
         try:
             yield
@@ -63,7 +63,7 @@ class StopRequest:
             self.saving = False
 
     def ignore(self) -> None:
-        """Let no signal end this process any more: it is ending by itself, and saves before."""
+        """Ignore all further signals: this process is ending by itself, and saves first."""
         self.ending = True
 
     def reader_left(self, stream: IO) -> None:

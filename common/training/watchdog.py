@@ -1,4 +1,4 @@
-"""Ends the processes of a distributed run together: MLX waits without end in an all-reduce with one that is lost.
+"""Ends the processes of a distributed run together: MLX waits for ever in an all-reduce with one that is lost.
 
 While MLX waits, Python's signal handlers do not run, so a thread does the watching: each process sends rank 0 a byte a
 second, and rank 0 answers. A process that ends without a farewell, or is silent, is lost; the others then save the
@@ -45,7 +45,7 @@ class Peer:
     parted: bool = False
 
     def exchange(self, now: float) -> str | None:
-        """Send and receive signs of life; return how the process was lost, if it was."""
+        """Send and receive signs of life; return how the process was lost, None while it is there."""
         try:
             while data := self.connection.recv(4096):
                 self.heard, self.parted = now, self.parted or FAREWELL in data
@@ -87,7 +87,7 @@ class Watchdog:
         self.run = None  # and with it the lock of its folder
 
     def part(self) -> None:
-        """Tell the others that this process needs them no longer."""
+        """Tell the others that this process is done with them."""
         for peer in self.peers:
             with contextlib.suppress(OSError):
                 peer.connection.send(FAREWELL)
@@ -110,7 +110,7 @@ class Watchdog:
         Both threads can get here: MLX reports a lost connection to the main thread as well, sometimes.
         """
         self.stop.ignore()  # the launcher ends the other processes as soon as one has ended
-        self.ending.acquire()  # the first one ends both; it never lets go
+        self.ending.acquire()  # the first thread here ends the process; it never releases the lock
         peer, reason = (peer, reason) if peer else self._lost()
         if peer and peer.host == socket.gethostname() and "answered" in reason:
             with contextlib.suppress(OSError):  # halted: it would live on, and the launcher would wait for it

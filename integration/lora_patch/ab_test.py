@@ -20,8 +20,8 @@ LOSS = 0.02  # share of valid answers; a test that shows a greater loss has brok
 SLOWDOWN = 0.10  # relative; the same for the time of an answer
 # A wider test needs less harm for each of its jobs: of all jobs, so much may be lost to it at most.
 LOSS_OF_ALL, SLOWDOWN_OF_ALL = 0.025, 0.05
-LITTLE = 0.25  # points; a difference of scores below it is of no use to anybody
-WANTED = 0.5  # points; how many jobs are missing is said for this difference
+LITTLE = 0.25  # points; a smaller difference of scores does not matter
+WANTED = 0.5  # points; the advice says how many jobs would show this difference
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def _scale_is_unknown(config: dict) -> bool:
     """Tell whether only mlx-vlm's older form {"rank", "alpha"} gives the scale, and its numbers do not tell which.
 
     Before mlx-vlm #846 (April 2026) the update was multiplied by alpha, since then by alpha / rank. An alpha below 1
-    is of before: 0.1 was the default, and divided by the rank it would hardly change the model.
+    is from before: 0.1 was the default, and divided by the rank it would hardly change the model.
     """
     named = isinstance(config.get("lora_parameters"), dict) or "lora_alpha" in config
     numbers = [value for value in (config.get("alpha"), config.get("rank")) if type(value) in (int, float)]

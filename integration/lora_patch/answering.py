@@ -1,4 +1,4 @@
-"""Run a request's generation in its arm: one at a time, a bad answer of an adapter made good by the base."""
+"""Run a request's generation in its arm: one at a time; the base replaces a bad answer of an adapter."""
 
 import contextlib
 import functools
@@ -95,7 +95,7 @@ class Answering:
             try:
                 result, happened = self._run(call, adapter)
                 problem = self._problem(result, happened, call)
-            except Exception as raised:  # whatever the adapter led to, the base may do better
+            except Exception as raised:  # whatever went wrong with the adapter, the base may do better
                 error, problem = raised, one_line(raised)
             if self._falls_back(job, problem):
                 call.use_photo(call.prepared if job.in_test else call.photo)
@@ -107,9 +107,8 @@ class Answering:
     def stream(self, function, args: tuple, kwargs: dict, job: Job):
         """The same for one that yields its answer, which is generated in a thread of its own.
 
-        With a retry on the base in prospect, the pieces come without their text, so that whoever waits sees that
-        there is progress; the text comes with the last piece, once the answer is found good. What has been sent
-        cannot be taken back.
+        While a retry on the base is possible, the pieces come without text, so that the reader sees progress. The
+        text comes with the last piece, once the answer is found to be valid: what was sent cannot be taken back.
         """
         relay = Relay()
         yield from relay.read(functools.partial(self._produce, Call(function, args, kwargs), job, relay))
@@ -150,7 +149,7 @@ class Answering:
 
     @contextlib.contextmanager
     def _turn(self, job: Job, call: Call):
-        """Wait for the model, decide the arm, and yield the adapter to answer with; under the lock is nothing slow.
+        """Wait for the model, decide the arm, and yield the adapter to answer with. The lock covers nothing slow.
 
         The photograph of a tuned answer, and of both arms of a test, is the one that training would see.
         """
@@ -175,7 +174,7 @@ class Answering:
                 self._finish(job, call.prompt, seconds if adapter is not None and not call.left else None)
 
     def _settle(self, job: Job) -> Adapter | None:
-        """Decide, with the model in hand, whether the adapter is used: its breaker may have gone off in the queue.
+        """Decide, once it is this job's turn, whether the adapter is used: its breaker may have opened meanwhile.
 
         Once decided, a job keeps its arm: all its answers come from one model.
         """

@@ -10,8 +10,8 @@ from .score_range import USUAL
 def analysis_problem(text: str | None, prompt: str = "") -> str | None:
     """Say what is wrong with an answer, or None: it must parse as the analysis that the prompt asks for.
 
-    Text around the object and a code fence are let pass, as the service does. A prompt that asks for no analysis
-    (no dimensions, no feedback cards) is content with any text.
+    Text around the object and a code fence are allowed, as in the service. For a prompt that asks for no analysis
+    (no dimensions, no feedback cards) any text is valid.
     """
     if text is None or not text.strip():
         return "no answer"
@@ -36,7 +36,7 @@ def asks_for_analysis(prompt: str) -> bool:
 
 
 def parse_analysis(text: str) -> dict | None:
-    """Return the JSON object in an answer, or None; one that is longer than 100,000 characters is none."""
+    """Return the JSON object in an answer's first 100,000 characters, or None."""
     text = re.sub(r"<(think|thought|thinking)>.*?</\1>", "", text[:100_000], flags=re.S)
     start, end = text.find("{"), text.rfind("}")
     if not 0 <= start < end:

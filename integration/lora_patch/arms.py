@@ -22,9 +22,9 @@ def assign(job_id: str, split: float) -> str:
 
 
 class Breaker:
-    """Takes an adapter out of service when too many of its last answers were bad, until somebody re-arms it.
+    """Takes an adapter out of service when too many of its last answers were bad, until somebody arms it again.
 
-    It goes off as soon as the bad answers exceed ``bound`` of a whole window: it does not wait for the window to fill.
+    It opens as soon as the bad answers exceed ``bound`` of a whole window: it does not wait for the window to fill.
     """
 
     def __init__(self, window: int, bound: float):
@@ -35,7 +35,7 @@ class Breaker:
         self.answers, self.since, self.reason = deque(maxlen=self.window), None, None
 
     def note(self, problem: str | None) -> bool:
-        """Count an answer; return True when this one sets the breaker off."""
+        """Count an answer; return True when this one opens the breaker."""
         self.answers.append(problem is not None)
         if self.since is None and sum(self.answers) > self.bound * self.window:
             self.since, self.reason = time.strftime("%Y-%m-%dT%H:%M:%S"), problem
@@ -74,7 +74,7 @@ class Job:
     in_test: bool = False
     split: float | None = None  # of a job in a test: the adapter's share of jobs when the arm was drawn
     version: str | None = None
-    seconds: float = 0.0  # of generation, waiting for the model not
+    seconds: float = 0.0  # of generation, without waiting for the model
     problem: str | None = None  # of the newest answer, and in the end of the stored one
     fallback: bool = False  # the same: the base's in place of the adapter's
     given: list[Given] = field(default_factory=list)

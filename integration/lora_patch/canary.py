@@ -25,7 +25,7 @@ EVERY = 20  # recorded jobs of the test between two looks
 class Canary:
     """The share of a test that widens by itself. Jobs are drawn at ``split``; `note` is called for each recorded one.
 
-    A service that is started again goes on where the jobs table says that the test of these ``versions`` was.
+    A service that is started again continues at the share that the jobs table records for these ``versions``.
     """
 
     def __init__(self, shares: tuple[float, ...], database: Path, versions: Collection[str | None] = ()):
@@ -49,7 +49,7 @@ class Canary:
             threading.Thread(target=self.look, daemon=True).start()
 
     def look(self) -> None:
-        """Read the jobs table and decide; what stands in the way is kept for `state` and changes nothing."""
+        """Read the jobs table and decide; an error is kept for `state` and changes nothing."""
         if self.split == 0.0 or not self.looking.acquire(blocking=False):
             return
         try:
@@ -67,5 +67,5 @@ class Canary:
             self.looking.release()
 
     def state(self) -> dict:
-        """Return what /health says: the schedule, the share in force, the last look, and what stands in the way."""
+        """Return what /health says: the schedule, the present share, the last look, and what prevents a decision."""
         return {"schedule": list(self.shares), "split": self.split, "looked": self.looked, "problem": self.problem}

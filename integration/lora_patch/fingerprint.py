@@ -29,9 +29,9 @@ VERSION = 1  # of the way a fingerprint is computed: cached ones of another way 
 def base_fingerprint(folder: Path, name: str) -> dict:
     """Return the fingerprint of the model in ``folder``; ``name`` (hub id or folder) is what people call it.
 
-    Every value is a SHA-256 in hex, but for ``name``, ``model_type``, ``shape`` and ``quantization``:
+    Every value is a SHA-256 in hex, except ``name``, ``model_type``, ``shape`` and ``quantization``:
     ``architecture`` the config's fields that give the shapes; ``norms`` the language model's RMSNorm weights as
-    float32, which quantizing leaves as they are: equal for a model and its 4-bit conversion, different for any other
+    float32, which quantization does not change: equal for a model and its 4-bit conversion, different for any other
     training; ``tensors`` all weights, the same for the same numbers in bfloat16 and float32 and under transformers'
     and MLX's names; ``tokenizer``, ``chat_template`` and ``image`` (the image processor's settings) what makes tokens
     and pixels, None where the folder has none; ``weights`` the language model's names, dtypes, shapes and first 4 KiB
@@ -165,7 +165,7 @@ def _hash_tensor(path: Path, start: int, tensor: dict) -> str:
     found = hashlib.sha256()
     size = FLOATS.get(dtype)
     found.update(f"{'float' if size else dtype} {shape}".encode())
-    step = (1 << 22) * (size or 1)  # pieces of as many numbers, whatever the type
+    step = (1 << 22) * (size or 1)  # bytes of a piece: equally many numbers for every type
     for at in range(0, len(flat), step):
         found.update(_canonical(dtype, flat[at : at + step]))
     return found.hexdigest()

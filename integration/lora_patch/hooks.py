@@ -36,10 +36,10 @@ def attach(loaded, name: str | os.PathLike | None = None):
 
 
 def generation(function):
-    """Return mlx_vlm.generate or stream_generate such that it answers in the arm of the request that it works for.
+    """Wrap mlx_vlm.generate or stream_generate so that it answers in the arm of the request that is being served.
 
-    To be put around the function where it is called, so that it is our lock that is taken last and released first,
-    whatever locks the service has. It also decorates a function of the service's own that returns an answer.
+    It is wrapped where it is called, so that our lock is taken last and released first, whatever locks the service
+    has. It also decorates a function of the service's own that returns an answer.
     """
     if hasattr(function, "lora_patch"):
         return function
@@ -69,7 +69,7 @@ def _refuse_to_start(error: LoraError):
     """End the process with one line and exit code 1."""
     if not [thread for thread in threading.enumerate() if thread.daemon]:
         sys.exit(f"lora_patch: {error}")
-    # A thread of the service's may be loading the model. The interpreter's end would stop it in the middle of MLX's
+    # A thread of the service may be loading the model. The interpreter's end would stop it in the middle of MLX's
     # code, which C++ answers with an abort (exit code 134): there is nothing to clean up, so leave at once.
     print(f"lora_patch: {error}", file=sys.stderr, flush=True)
     logging.shutdown()
@@ -82,7 +82,7 @@ def _stream(function, args: tuple, kwargs: dict):
 
 
 def choose(job_id=None, advisor=None, mode=None) -> None:
-    """Say, before the model is asked, which job this is and whose voice it wants: that decides its arm.
+    """Say, before the model is asked, which job this is and for which advisor: that decides its arm.
 
     ``mode`` is what a queue says of the job. The request itself may have said nothing, and the service have filled in
     its own default: a mode of the base is taken from the request alone.
@@ -153,9 +153,9 @@ def start(app, get_model=None, db_path=None):
                 get_model()
             except LoraError:
                 raise
-            except Exception as error:  # the service would say so with its first request
+            except Exception as error:  # the service would fail with its first request
                 raise LoraError(f"{adapters.base_name}: cannot be loaded ({one_line(error)})") from error
-        adapters.begin()  # raises what a thread of the service's may have met, and swallowed
+        adapters.begin()  # raises an error that a thread of the service may have swallowed
     except LoraError as error:
         if adapters.mode == "fine_tuned":
             _refuse_to_start(error)

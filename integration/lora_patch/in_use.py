@@ -38,7 +38,7 @@ class AdaptersInUse:
         return self.table.get(advisor) or self.table.get(EVERYONE)
 
     def load(self) -> None:
-        """Read everything that the flags name; fills table, mode and problem. LoraError in the way of fine_tuned."""
+        """Read what the flags name; fills table, mode and problem. LoraError where fine_tuned cannot be served."""
         # without --model_mode the configuration decides; until it is read, take it for the stricter
         self.mode = self.wanted_mode("fine_tuned" if flags.model_config else None)
         self.split, self.problem = flags.ab_test_split, None
@@ -86,7 +86,7 @@ class AdaptersInUse:
         return table
 
     def fail(self, error: LoraError) -> None:
-        """Refuse in fine_tuned mode; serve the base, and say so, in the others."""
+        """Refuse in fine_tuned mode; in the others serve the base and log it."""
         if self.mode == "fine_tuned":
             self.refusal = error
             raise error
@@ -116,7 +116,7 @@ class AdaptersInUse:
         return False
 
     def begin(self) -> None:
-        """Load once; a thread of the service's that loads the model early may come before `start`, or beside it."""
+        """Load once; a service thread that loads the model early may call this before `start`, or at the same time."""
         with self.starting:
             if self.refusal is not None:
                 raise self.refusal
@@ -141,11 +141,11 @@ class AdaptersInUse:
                 self.own.prepare(adapter)
 
     def reload(self, mode: str | None = None, split: float | None = None) -> dict:
-        """Read the sources again and swap what has changed; requests on their way keep the adapter they began with."""
+        """Read the sources again and swap what has changed; requests in progress keep the adapter they began with."""
         with self.reloading:
             before = {advisor: adapter.version for advisor, adapter in self.table.items()}
             sources, implied = find_sources(flags.lora_path, flags.model_config)
-            asked = mode or self.asked  # what was asked for by hand holds until it is asked for otherwise
+            asked = mode or self.asked  # a mode that was set by hand stays until another one is
             mode = asked or self.wanted_mode(implied)
             table = {} if asked == "base" or (mode == "base" and not flags.lora_path) else self.read(sources)
             self.fit(table)

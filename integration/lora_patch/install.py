@@ -50,7 +50,7 @@ def install(service: Path, check: bool, uninstall: bool, database: str | None = 
         )
     else:
         backup = path.with_name(path.name + BACKUP)
-        if not have or not backup.exists():  # without our lines: what a partly patched service was before them
+        if not have or not backup.exists():  # without our lines, as a partly patched service was before them
             write_file(backup, uninstalled(raw, service) if have else raw)
         _place_package(path.parent)
         write_file(path, new)
@@ -106,7 +106,7 @@ def _uninstall(service: Path, raw: bytes, have: bool, check: bool) -> None:
 
 
 def _sources(folder: Path) -> dict[str, bytes]:
-    """Return what the package consists of; Python's caches are none of it."""
+    """Return the package's files, without Python's caches."""
     paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
@@ -146,7 +146,7 @@ def _place_package(parent: Path) -> bool:
 
 
 def _free(path: Path) -> Path:
-    """Return a name for something that is not ours and is in the way; what was backed up before stays."""
+    """Return a free name to move something to that is not ours; earlier backups stay."""
     names = (path.with_name(f"{path.name}{BACKUP}{number or ''}") for number in range(1000))
     return next(name for name in names if not name.exists())
 

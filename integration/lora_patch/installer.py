@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .flags import NAMES
 from .service_code import ServiceCode
-from .service_database import jobs_databases, speaks_of_jobs
+from .service_database import jobs_databases, uses_jobs_table
 from .service_workers import worker_places, workers
 from .source_file import BY_HAND, Refusal, inserted, uninstalled
 
@@ -343,7 +343,7 @@ class Installer(ServiceCode):
 
     def find_database(self) -> str | None:
         found = jobs_databases(self)
-        if len(found) > 1 or (not found and speaks_of_jobs(self)):
+        if len(found) > 1 or (not found and uses_jobs_table(self)):
             among = f" ({', '.join(found)})" if found else ""
             self.problem(None, f"which database holds the jobs is not clear{among}; name it with --db, by an "
                          "expression of the service (--db DB_PATH) or a path", "start")  # fmt: skip

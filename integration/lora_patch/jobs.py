@@ -18,7 +18,7 @@ from .prompts import Prompts, build_prompt, read_prompts
 COLUMNS = {  # added to the jobs table
     "model_used": "TEXT",  # base, fine_tuned, ab_test_base or ab_test_fine_tuned
     "adapter_version": "TEXT",
-    "model_duration": "REAL",  # seconds of generation, a retry included, waiting for the model not
+    "model_duration": "REAL",  # seconds of generation, with a retry, without waiting for the model
     "model_fallback": "INTEGER",  # 1: the fine-tuned answer was unusable, and the user got the base's
     "ab_test_split": "REAL",  # of a job in a test: the share of jobs that the adapter got when its arm was drawn
 }
@@ -82,7 +82,7 @@ class Recorder:
     def __init__(self):
         self.path: Path | None = None
         self.state = "not started"
-        self.lost = 0  # jobs that never came to stand in the table
+        self.lost = 0  # jobs that never appeared in the table
         self.pending: deque = deque(maxlen=1000)  # [value of each of COLUMNS, job id, tries]
         self.writing = threading.Lock()
         self.not_before, self.later = 0.0, None
@@ -129,7 +129,7 @@ class Recorder:
                 return True
             entry[-1] += 1
         if any(entry[-1] > TRIES for entry in self.pending):
-            self._give_up("none of this service's jobs stands in it")
+            self._give_up("none of this service's jobs is in it")
         return False
 
     def write_later(self) -> None:
@@ -139,8 +139,8 @@ class Recorder:
     def open(self, path: str | os.PathLike | None) -> None:
         """Open the database that the flag or the service names, and add the columns.
 
-        Where neither names one, mondrian.db in the working folder may be another's: it is left alone until a job of
-        this service stands in it. What stands in the way of recording is said, and the service runs without.
+        Where neither names one, mondrian.db in the working folder may belong to another program: it is left alone
+        until a job of this service is found in it. Where recording fails, that is logged and the service runs on.
         """
         named = flags.jobs_db or path
         self.path = Path(named or "mondrian.db").absolute()
@@ -152,7 +152,7 @@ class Recorder:
             else:
                 self.state = "waiting for a job of this service"
                 say(logging.WARNING, f"{self.path}: is not named by the service; the arms are recorded there once one "
-                    "of its jobs stands in it (--jobs_db names another database)")  # fmt: skip
+                    "of its jobs is in it (--jobs_db names another database)")  # fmt: skip
         except (sqlite3.Error, LoraError) as error:
             self._give_up(one_line(error))
 
@@ -181,7 +181,7 @@ class Recorder:
         if now - read_at >= FRESH and now >= self.not_before:
             try:
                 with contextlib.closing(connect(self.path, "ro", WAIT)) as db:
-                    db.execute("SELECT 1 FROM sqlite_master").fetchone()  # else a locked one would pass for an old one
+                    db.execute("SELECT 1 FROM sqlite_master").fetchone()  # a locked one would look like an old one
                     texts = read_prompts(db, advisor)
                 self.prompts[advisor] = now, texts
             except (sqlite3.Error, LoraError):

@@ -23,12 +23,12 @@ _STRINGS = re.compile(rf'{_STRING}"?|[^"]+', re.S)
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a JSON value is a finite number; true, false and NaN are none, nor are integers past 1e300."""
+    """Tell whether a JSON value is a finite number; true, false, NaN and integers past 1e300 are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def parse_json(text: str) -> tuple[Any, list[str]]:
-    """Return (value, mends) of a text that is one JSON value, give or take what can be mended without inventing.
+    """Return (value, mends) of a text that is one JSON value, after mending what needs no invention.
 
     Raises ValueError (JSONDecodeError with a position where there is one) for everything else, NaN included.
     """

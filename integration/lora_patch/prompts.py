@@ -304,7 +304,7 @@ def _lists(text: str) -> Iterator[list[str]]:
         numbered = re.match(r"\s*\d{1,2}[.)]", line)
         indent = len(line) - len(line.lstrip())
         key = (indent, "1" if item["number"] else item["mark"] or "**") if item else None
-        # bullets end at the next line that is none; the others go on over the text under each of their lines
+        # bullets end at the next other line; the other lists continue over text under their lines
         ended = [
             k
             for k in current

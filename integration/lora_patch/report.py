@@ -148,5 +148,5 @@ def watch(database: Path, seconds: float, schedule: tuple[float, ...] = LADDER) 
         if advice.exit_code is not None:
             return advice.exit_code
         time.sleep(seconds)
-        with contextlib.suppress(LoraError, sqlite3.Error):  # busy for the moment: the next look will do
+        with contextlib.suppress(LoraError, sqlite3.Error):  # busy now: look again next time
             jobs = read_jobs(database, in_test=True)

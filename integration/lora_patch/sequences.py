@@ -29,8 +29,8 @@ MIN_PHOTOGRAPHS = 10  # in each arm; an SE from fewer means little
 
 @dataclass(frozen=True)
 class Sequence:
-    """The difference, adapter minus base, after the jobs so far; ``low`` and ``high`` are None where it is undecided
-    for lack of data, and ``lacking`` then says of what."""
+    """The difference, adapter minus base, after the jobs so far; ``low`` and ``high`` are None where there are
+    too few data, and ``lacking`` then says which."""
 
     value: float | None
     low: float | None

@@ -37,8 +37,8 @@ def jobs_databases(code: ServiceCode) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def speaks_of_jobs(code: ServiceCode) -> bool:
-    """Tell whether the service reads or writes a table of jobs by itself."""
+def uses_jobs_table(code: ServiceCode) -> bool:
+    """Tell whether the service's own SQL reads or writes a table of jobs."""
     texts = (node.value for node in code.walk(ast.Constant) if isinstance(node.value, str))
     return any(re.search(r"\b(FROM|INTO|UPDATE|TABLE)\s+(IF\s+NOT\s+EXISTS\s+)?jobs\b", text, re.I) for text in texts)
 

@@ -51,7 +51,7 @@ def find_sources(lora_path: str | None, model_config: str | None) -> tuple[dict[
 
 
 def _parse_list(text: str) -> dict[str, Source]:
-    """Parse ``FOLDER``, ``a:0.7,b:0.3`` and ``ansel=FOLDER,weston=a:0.5,b:0.5`` (an item without = goes on)."""
+    """Parse ``FOLDER``, ``a:0.7,b:0.3`` and ``ansel=FOLDER,weston=a:0.5,b:0.5`` (an item without = joins the last)."""
     groups, advisor = {}, EVERYONE
     for item in filter(None, (piece.strip() for piece in text.split(","))):
         match = re.match(r"([^=/]+)=(.+)", item)
@@ -136,7 +136,7 @@ def unpromoted(folder: Path) -> list[str]:
 
 
 def _from_record(path: Path) -> dict[str, Source]:
-    """Read models/ADVISOR/deployed.json; a record without an adapter (all versions taken back) gives nothing."""
+    """Read models/ADVISOR/deployed.json; a record without an adapter (all rolled back) gives nothing."""
     record = read_record(path)
     advisor = str(record.get("advisor") or path.resolve().parent.name).lower()
     if record.get("adapter") is None:
@@ -191,7 +191,7 @@ def _from_config(path: Path) -> tuple[dict[str, Source], str | None]:
 
 
 def _inside(root: Path, path: Path, file: Path) -> Path:
-    """Return the path with links resolved; LoraError when it leaves the folder that the file may speak for."""
+    """Return the path with links resolved; LoraError when it leaves the folder that the file may refer to."""
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:

@@ -227,7 +227,7 @@ class PromptSpecification:
     def check(self, text: str) -> list[str]:
         """Return what the prompt would find wrong with an answer, a sentence each; [] for a compliant one.
 
-        Compliant: one JSON object and nothing around it (but for reasoning where the prompt allows it), exactly the
+        Compliant: one JSON object and nothing around it (except reasoning where the prompt allows it), exactly the
         keys asked for, exactly the dimensions in their order, scores in the range asked for, as they are to be written.
         """
         if self.thinking and (thoughts := _THINKING.match(text)):
@@ -272,7 +272,7 @@ class PromptSpecification:
     def project(self, analysis: dict) -> tuple[dict, bool]:
         """Return (the analysis with exactly the prompt's dimensions in its order, whether any was dropped).
 
-        When one was dropped the overall score is computed anew. KeyError names the dimensions that are lacking.
+        When one was dropped the overall score is computed again. KeyError names the missing dimensions.
         """
         by_name = {dimension["name"]: dimension for dimension in analysis["dimensions"]}
         lacking = [name for name in self.names if name not in by_name]
@@ -295,7 +295,7 @@ class PromptSpecification:
     def render(self, analysis: dict) -> str:
         """Return the answer that the prompt demands, on one line; what the analysis lacks stays away.
 
-        ``analysis`` is canonical. KeyError names the dimensions that are lacking.
+        ``analysis`` is canonical. KeyError names the missing dimensions.
         """
         analysis, _ = self.project(analysis)
         listed = [

@@ -237,7 +237,7 @@ def test_a_database_that_the_service_does_not_name_is_left_alone_until_it_holds_
     recorder.open(None)
     for number in range(3):
         recorder.record(Job(f"elsewhere-{number}", "ansel", "base", None))
-    assert recorder.state == "off: none of this service's jobs stands in it" and not recorder.pending
+    assert recorder.state == "off: none of this service's jobs is in it" and not recorder.pending
     assert "model_used" not in columns(other)
     named = Recorder()
     named.open(other)  # the service's own code says that this is its database
