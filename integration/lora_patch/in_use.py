@@ -12,7 +12,7 @@ from .flags import Flags, flags
 from .log import say
 from .own_generation import OwnGeneration
 from .sources import EVERYONE, Source, find_sources, unpromoted
-from .switching import make_switchable
+from .switching import check_layers, make_switchable
 from .versions import RECORD
 
 
@@ -96,8 +96,8 @@ class AdaptersInUse:
     def adopt(self, model, processor, name: str | None) -> None:
         """Take over the model that the service has just loaded and prepare it for the adapters."""
         self.begin()
-        if self.model is not None and self._is_no_model_for_them(model):
-            say(logging.INFO, f"{name}: a second model, which the adapters are not for; it answers as it is")
+        if self._is_another(model, name):
+            say(logging.INFO, f"{name}: another model than the served one; it answers as it is, without adapters")
             return
         self.model = model
         self.own.adopt(model, processor, name)
@@ -107,13 +107,19 @@ class AdaptersInUse:
         except LoraError as error:
             self.fail(error)
 
-    def _is_no_model_for_them(self, model) -> bool:
+    def _is_another(self, model, name: str | None) -> bool:
+        """Tell whether this is not the model to serve: that one is known already, and the adapters do not fit this."""
+        named = name is not None and self.base_name is not None and str(name) != str(self.base_name)
+        if self.model is None and not (named and read_base(str(self.base_name)) is not None):
+            return False
         try:
+            base = read_base(str(name)) if name is not None else None
             for adapter in distinct(self.table):
-                make_switchable(model, adapter)
+                check_base(adapter, base)
+                check_layers(model, adapter)
         except LoraError:
             return True
-        return False
+        return named and not self.table
 
     def begin(self) -> None:
         """Load once; a service thread that loads the model early may call this before `start`, or at the same time."""
@@ -127,7 +133,7 @@ class AdaptersInUse:
 
     def fit(self, table: dict[str, Adapter]) -> None:
         """Check adapters against the served model's files and, once it is loaded, its layers."""
-        if not table:
+        if not table or (self.base_name is None and self.model is None):  # nothing to check against yet
             return
         if self.base_name and (self.base is None or self.base.fingerprint["name"] != str(self.base_name)):
             self.base = read_base(str(self.base_name))

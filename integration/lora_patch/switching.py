@@ -37,18 +37,24 @@ def _switched(kind: type) -> type:
     return type(f"Switched{kind.__name__}", (kind,), {"__call__": forward, "switched_from": kind})
 
 
-def make_switchable(model, adapter: Adapter) -> None:
-    """Let the adapter be switched on in ``model``; LoraError, naming all, when a matrix does not fit its layer.
-
-    A layer keeps its weights, its name and its place in the model; only its class changes, so that without an active
-    adapter it computes exactly what it did before, and no memory is taken.
-    """
+def check_layers(model, adapter: Adapter) -> dict:
+    """Return the linear layers of ``model`` by name; LoraError, naming all, when a matrix does not fit its layer."""
     import mlx.nn as nn
 
     from .vlm import linear_size
 
     modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
     check_shapes(adapter, {name: linear_size(module) for name, module in modules.items()})
+    return modules
+
+
+def make_switchable(model, adapter: Adapter) -> None:
+    """Let the adapter be switched on in ``model``; LoraError, naming all, when a matrix does not fit its layer.
+
+    A layer keeps its weights, its name and its place in the model; only its class changes, so that without an active
+    adapter it computes exactly what it did before, and no memory is taken.
+    """
+    modules = check_layers(model, adapter)
     for name in adapter.layers:
         module = modules[name]
         if not hasattr(type(module), "switched_from"):

@@ -339,3 +339,22 @@ def test_a_constrained_answer_keeps_to_the_grammar(service, loaded, photo, monke
     assert any(piece.text for piece in pieces[:-1])  # its text need not wait
     told = ask(mlx_vlm.generate, "base", *loaded, formatted(loaded, "What is there?"), [photo], **how).text
     assert not told.startswith("{")  # no analysis is asked for
+
+
+def test_a_second_model_of_the_service_answers_as_it_is(service, loaded, tmp_path, make_tiny_model, photo):
+    """One that the adapters do not fit: neither a refusal, nor an answer with an adapter, nor a job of its own."""
+    folder = make_tiny_model(tmp_path / "captions", "--seed", "7")
+    other = mlx_vlm.load(str(folder))
+    assert hooks.attach(other, folder) is other and service.adapters.model is loaded[0]
+    prompt, how = formatted(other, "What is there?"), {"max_tokens": 4, "temperature": 0.0}
+    expected = mlx_vlm.generate(*other, prompt, [photo], **how).text
+    assert ask(mlx_vlm.generate, "fine_tuned", *other, prompt, [photo], **how).text == expected
+    assert not job_of_request.get().given and service.adapters.own.answered == 0
+    ask(mlx_vlm.generate, "fine_tuned", *loaded, formatted(loaded, "What is there?"), [photo], **how)
+    assert job_of_request.get().model_used == "fine_tuned" and service.adapters.own.answered == 1
+
+
+def test_nothing_is_said_of_a_base_that_is_not_known_yet(folder):
+    adapters = AdaptersInUse()
+    adapters.fit({"*": read_adapter(adapter_in(folder))})
+    assert not adapters.warned and adapters.model is None
