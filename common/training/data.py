@@ -49,8 +49,11 @@ def check_apart(train: DataFile, val: DataFile | None) -> None:
         )
 
 
-def report_overlong(prepared: Prepared, on_overlong: str, max_length: int) -> None:
-    """Say which examples were left out as too long, or stop for them; UserError when none is left."""
+def report_overlong(prepared: Prepared, on_overlong: str, max_length: int, needed: bool = True) -> None:
+    """Say which examples were left out as too long, or stop for them; UserError when none is left that is ``needed``.
+
+    A run can do without validation examples, not without training examples.
+    """
     lines = [f"{example.source}: {length:,} tokens, more than {max_length:,}" for example, length in prepared.overlong]
     if lines and on_overlong == "fail":
         raise UserError("\n  ".join([f"{len(lines)} examples are longer than --max_seq_length", *lines[:20]]))
@@ -58,7 +61,9 @@ def report_overlong(prepared: Prepared, on_overlong: str, max_length: int) -> No
         click.echo(f"left out whole, since they are longer than {max_length:,} tokens: {len(lines)} examples", err=True)
         for line in lines[:10]:
             click.echo(f"  {line}", err=True)
-    if not prepared.examples:
+    if not prepared.examples and not needed:
+        click.echo("no validation example is left: the adapter of the last step is delivered, unvalidated", err=True)
+    elif not prepared.examples:
         raise UserError(
             f"no example of {max_length:,} tokens or less is left; raise --max_seq_length or prepare shorter ones"
         )

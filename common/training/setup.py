@@ -124,8 +124,8 @@ def lay_out(
         )
     train, val = (part and part.without_overlong(layout.max_length) for part in (train, val))
     for part in (train, val):
-        if part and processes.first:
-            report_overlong(part, options.on_overlong, options.longest or layout.max_length)
+        if part is not None and processes.first:  # an empty one too
+            report_overlong(part, options.on_overlong, options.longest or layout.max_length, needed=part is train)
     limit_cache(options, shape, device, layout, max(train.targets))
     return layout, (train, val)
 

@@ -391,6 +391,21 @@ def test_overlong_examples_can_stop_the_run(data, tiny_base):
     assert not ADAPTER.exists()
 
 
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_examples_that_are_all_too_long_for_the_model_are_named(which, data, tiny_base):
+    file = Path(TRAIN.replace("_train", f"_{which}"))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row | {"response": "word " * 33_000}) + "\n" for row in rows[:2]))
+    result = train_here(tiny_base, "--epochs", 1)
+    assert f"  {file}:1: " in result.output
+    if which == "val":
+        assert result.exit_code == 0, result.output
+        assert "no validation example is left: the adapter of the last step is delivered" in result.stderr
+    else:
+        assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("Error: no example of ")
+        assert not (ADAPTER / "adapter_config.json").exists()
+
+
 # -- the best and the last --------------------------------------------------------------------------------------------
 
 
