@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import click
+import jsonlines
 from tqdm import tqdm
 
 from common.errors import UserError, refuse
@@ -98,19 +99,19 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
     """Write one JSON object a line, atomically; rows may be a generator and are never held together."""
     with write_atomic(path) as file:
-        file.writelines(map(json_line, rows))
+        jsonl_writer(file).write_all(rows)
 
 
-def json_line(row: dict) -> str:
-    """Return a JSON object as a line, with its newline."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+def jsonl_writer(file: IO[str]) -> jsonlines.Writer:
+    """Return a writer of one JSON object a line; it refuses NaN."""
+    return jsonlines.Writer(file, dumps=lambda row: json.dumps(row, ensure_ascii=False, allow_nan=False))
 
 
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Append one JSON object a line, on the disk when this returns. UserError when the disk refuses."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.writelines(map(json_line, rows))
+            jsonl_writer(file).write_all(rows)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -11,7 +11,7 @@ import click
 from common.data.database import shown
 from common.data.linking import NOT_ASKED_FOR, REASONS, Outcome
 from common.errors import UserError
-from common.files import json_line, sha256_file, write_atomic, write_json
+from common.files import jsonl_writer, sha256_file, write_atomic, write_json
 from common.tables import counted, paragraph, table
 
 _SHOWN_IDS = 6
@@ -60,13 +60,14 @@ def rejected_path(manifest: Path) -> Path:
 def write_manifest(manifest: Path, outcomes: Iterator[Outcome]) -> Counts:
     """Write the manifest and the rejects; UserError, and neither is written, when no job can be used."""
     counts = Counts()
-    with write_atomic(manifest) as linked, write_atomic(rejected_path(manifest)) as left_out:
+    with write_atomic(manifest) as file, write_atomic(rejected_path(manifest)) as rejected_file:
+        linked, left_out = jsonl_writer(file), jsonl_writer(rejected_file)
         for outcome in outcomes:
             counts.add(outcome)
             if outcome.row is not None:
-                linked.write(json_line(outcome.row))
+                linked.write(outcome.row)
             else:
-                left_out.write(json_line(_reject(outcome)))
+                left_out.write(_reject(outcome))
         if not counts.linked:
             show_reasons(counts)
             raise UserError(f"none of {counts.left_out:,} jobs can be used (the table above says why); nothing written")

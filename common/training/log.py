@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import json_line, write_atomic, write_jsonl
+from common.files import jsonl_writer, write_atomic, write_jsonl
 from common.training.loss_curve import draw_loss_curve
 
 CURVE_SECONDS = 60  # the picture takes a third of a second, so it is drawn again at most this often
@@ -37,7 +37,7 @@ class TrainingLog:
         if self.writes:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json_line(row))
+                    jsonl_writer(file).write(row)
             except OSError as error:
                 raise UserError(
                     f"{self.path}: cannot be written ({error.strerror}); free space, then --resume"
