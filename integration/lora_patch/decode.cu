@@ -8,12 +8,11 @@
 // The adapter: rows of A are further rows of the same product, taken first; a row of B is applied where an output is
 // finished. The Python side (decode_kernel.py) defines the model's dimensions in front of this text: LAYERS, E (hidden),
 // HEADS, KV (key-value heads), DIM (of a head), F (intermediate), V (vocabulary), EPS, RANK (0 without an adapter), MB
-// (rows at most: 8 or 16).
+// (rows at most: 8 or 16), CHUNKS (of 32 inputs, that a warp holds at a time).
 
 namespace decode {
 
 typedef __nv_bfloat16 bf;
-typedef unsigned int u32;
 
 constexpr int WARPS = 8, THREADS = 256, SLOTS = 2, HALVES = MB / 8;
 constexpr int QW = HEADS * DIM, KW = KV * DIM, QKV = QW + 2 * KW, GROUP = HEADS / KV;
@@ -27,7 +26,7 @@ __host__ __device__ constexpr int inputs(int p) { return p == 1 ? QW : p == 3 ? 
 __host__ __device__ constexpr int passes(int p) {
   int c = inputs(p) / (32 * WARPS);
   for (int n = 1; n <= c; n++)
-    if (c % n == 0 && c / n <= 20) return n;
+    if (c % n == 0 && c / n <= CHUNKS) return n;
   return c;
 }
 __host__ __device__ constexpr int chunks(int p) { return inputs(p) / (32 * WARPS) / passes(p); }  // of 32 inputs
@@ -44,7 +43,7 @@ __host__ __device__ constexpr long lora_at(int p) {
   return at;
 }
 constexpr int ZW = RANK ? 3 * RANK : 1;
-constexpr int HELD = RANK ? 64 : 80;  // units of 16 rows, times tokens, whose partial sums are held at once  // of 16 rows whose partial sums are held at once
+constexpr int HELD = RANK ? 64 : 80;  // units of 16 rows, times tokens, whose partial sums are held at once
 constexpr int NORMS = 2 * E + 2 * DIM;
 
 // -- shared memory ----------------------------------------------------------------------------------------------------
@@ -81,36 +80,15 @@ struct Args {
 
 // -- small things -----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 shared_at(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void stop_if_stuck(u32& tries) {
   if (++tries > (1u << 26)) __trap();
 }
 __device__ __forceinline__ void mbar_wait(u32 bar, u32 parity) {
   u32 done = 0, tries = 0;
   while (!done) {
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    done = mbar_try_wait(bar, parity);
     stop_if_stuck(tries);
   }
-}
-__device__ __forceinline__ u32 load_acquire(const u32* p) {
-  u32 v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-__device__ __forceinline__ uint4 load_l2(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-  return v;
-}
-__device__ __forceinline__ u32 load_volatile(const u32* p) {
-  u32 v;
-  asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ float2 two(u32 v) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v)); }
 __device__ __forceinline__ u32 pack(float a, float b) {
@@ -156,8 +134,7 @@ struct Block {
   // Fetch this warp's part of the block's row of A.
   __device__ __forceinline__ void fetch_a(int layer, int p, int pass) const {
     const char* from = reinterpret_cast<const char*>(matrix_a(layer, p) + (long)b * inputs(p)) + (warp * passes(p) + pass) * bytes(p);
-    for (int i = lane; i < chunks(p) * 4; i += 32)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_at(row_of_a() + i * 16)), "l"(from + i * 16) : "memory");
+    for (int i = lane; i < chunks(p) * 4; i += 32) copy_async(shared_at(row_of_a() + i * 16), from + i * 16);
   }
   __device__ __forceinline__ u32 bar(u32 slot) const { return shared_at(sm + AT_BAR) + (warp * SLOTS + slot) * 8; }
   __device__ __forceinline__ char* slot(u32 s) const { return sm + (warp * SLOTS + s) * SLOT; }
@@ -193,12 +170,9 @@ struct Block {
       const bool valid = source(ahead, from, size);
       const int pad = ahead.p == 0 ? pitch(0) : ahead.p == 1 ? pitch(1) : ahead.p == 2 ? pitch(2) : ahead.p == 3 ? pitch(3) : pitch(4);
       const u32 total = __popc(__ballot_sync(~0u, valid)) * size;
-      if (lane == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar(s)), "r"(total) : "memory");
+      if (lane == 0) mbar_arrive_expect(bar(s), total);
       __syncwarp();
-      if (valid)
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-                     "r"(shared_at(slot(s) + lane * pad)), "l"(from), "r"(size), "r"(bar(s)) : "memory");
+      if (valid) copy_bulk(shared_at(slot(s) + lane * pad), from, size, bar(s));
       advance(ahead);
     }
   }
@@ -214,15 +188,13 @@ struct Block {
   }
 
   // Keep the compiler from working out one phase's indices in another, where they would only take registers.
-  __device__ __forceinline__ void forget() {
-    asm volatile("" : "+r"(warp), "+r"(lane), "+r"(g), "+r"(t));
-  }
+  __device__ __forceinline__ void forget() { decode::forget(warp, lane, g, t); }
   // the barrier over the grid, in two halves
   __device__ __forceinline__ void arrive() {
     __syncthreads();
     if (tid == 0) {
       __threadfence();
-      asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(at(S_BAR)), "r"(b == 0 ? 0x80000000u - (n - 1) : 1u) : "memory");
+      add_relaxed(at(S_BAR), b == 0 ? 0x80000000u - (n - 1) : 1u);
     }
   }
   __device__ __forceinline__ void wait() {

@@ -72,10 +72,10 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
     if (c0 < n) {
       load(c0, 0);
       for (int i = k.tid + SUB * DIM / 64; i < (c1 - c0) * DIM / 64; i += THREADS)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + (long)c0 * DIM + i * 64));
+        prefetch_l2(keys + (long)c0 * DIM + i * 64);
       const int lines = (c1 - c0 - SUB + 63) / 64;
       for (int i = k.tid; i < DIM * lines; i += THREADS)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(values + (long)(i / lines) * columns + c0 + SUB + i % lines * 64));
+        prefetch_l2(values + (long)(i / lines) * columns + c0 + SUB + i % lines * 64);
     }
   }
   k.wait();

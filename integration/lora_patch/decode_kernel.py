@@ -3,11 +3,12 @@
     kernel = DecodeKernel(model, base)             # `refusal` says beforehand why there can be none
     batch = KernelBatch(kernel, layers, update)    # rows that are decoded together, as `language_model.Batch`
 
-For compute capability 9.0 and later, bfloat16 activations. Prefill runs as plain MLX operations.
+For compute capabilities 9 to 11, bfloat16 activations. Prefill runs as plain MLX operations.
 """
 
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from .language_model import LanguageModel, Update, group_updates
 from .memory import room
 from .vlm import GROUPS, Packing, Row, stored_matrix
 
-SOURCES = ("decode.cu", "decode_product.cu", "decode_attention.cu", "decode_step.cu")
+SOURCES = ("decode.cu", "decode_product.cu", "decode_attention.cu", "decode_step.cu")  # after decode_ptx.cu
 ROWS = 16  # tokens a step at most
 THREADS, WARPS = 256, 8
+CHUNKS = 20  # of 32 inputs, that a warp holds at a time; more of them take several passes
 SUB = 128  # columns that a block attends to at a time, as in decode.cu
 SHARED_LIMIT = 227 << 10  # bytes of shared memory that a block may have
 AHEAD = 8  # steps that are started before their tokens are read
@@ -49,8 +51,8 @@ def refusal(model: LanguageModel) -> str | None:
     """Return why the kernel cannot run a model here, None if it can."""
     if not mx.cuda.is_available() or mx.default_device() != mx.gpu:
         return "no CUDA"
-    if mx.device_info().get("compute_capability_major", 0) < 9:
-        return "a GPU older than compute capability 9.0"
+    if mx.device_info().get("compute_capability_major", 0) not in (9, 10, 11):  # 12 has 99 KiB of shared memory a block
+        return "a GPU of another compute capability than 9, 10 or 11"
     if model.dtype != mx.bfloat16 or len(set(model.shapes)) > 1:
         return f"activations of {model.dtype}"
     dims = dimensions(model)
@@ -120,29 +122,55 @@ def multiprocessors() -> int:
     return out[0].item()
 
 
-@functools.cache
-def _step_kernel(dims: Dimensions, rank: int, rows: int, with_logits: bool):
+INPUTS = ("tokens", "meta", "table", "norms", "lora", "keys", "values", "frequencies", "scratch")
+OUTPUTS = ("next", "meta_next", "logits")  # logits only where they are wanted
+
+
+def program(instructions: str, dims: Dimensions, rank: int, rows: int) -> str:
+    """Return the kernel's text; ``instructions``: what defines the functions of decode_ptx.cu."""
     names = ("LAYERS", "E", "HEADS", "KV", "DIM", "F", "V")
-    constants = dict(zip(names, astuple(dims)[:-1], strict=True)) | {"RANK": rank, "MB": rows}
+    constants = dict(zip(names, astuple(dims)[:-1], strict=True)) | {"RANK": rank, "MB": rows, "CHUNKS": CHUNKS}
     text = "".join(f"constexpr int {name} = {value};\n" for name, value in constants.items())
-    header = f"#include <cuda_bf16.h>\nnamespace decode {{\n{text}constexpr float EPS = {dims.eps:.9e}f;\n}}\n"
-    header += "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SOURCES)
-    inputs = ["tokens", "meta", "table", "norms", "lora", "keys", "values", "frequencies", "scratch"]
-    body = (
+    text = f"namespace decode {{\n{text}constexpr float EPS = {dims.eps:.9e}f;\n}}\n"
+    return instructions + text + "".join(map(_source, SOURCES))
+
+
+def body(with_logits: bool) -> str:
+    """Return the kernel's call, in names of `INPUTS` and `OUTPUTS`."""
+    return (
         "decode::step({tokens, meta, (const long*)table, norms, lora, (decode::bf*)keys, (decode::bf*)values, "
         f"frequencies, (char*)scratch, next, meta_next, {'logits' if with_logits else 'nullptr'}}});"
     )
-    outputs = ["next", "meta_next", *(["logits"] if with_logits else [])]
+
+
+def _source(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _step_kernel(dims: Dimensions, rank: int, rows: int, with_logits: bool):
+    header = program("#include <cuda_bf16.h>\n" + _source("decode_ptx.cu"), dims, rank, rows)
+    call, outputs = body(with_logits), OUTPUTS if with_logits else OUTPUTS[:2]
     # MLX keeps compiled kernels on disk by their name
-    name = f"decode_{hashlib.sha256((header + body).encode()).hexdigest()[:16]}"
+    name = f"decode_{hashlib.sha256((header + call).encode()).hexdigest()[:16]}"
     return mx.fast.cuda_kernel(
-        name, inputs, outputs, body, header, ensure_row_contiguous=False, shared_memory=shared_bytes(dims, rank, rows)
-    )
+        name, list(INPUTS), list(outputs), call, header, ensure_row_contiguous=False,
+        shared_memory=shared_bytes(dims, rank, rows),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What runs the kernel: the GPU that MLX uses, or in tests a CPU in its place."""
+
+    blocks: int  # of the grid
+    addresses: Callable[[list[mx.array]], mx.array]
+    compiled: Callable[[Dimensions, int, int, bool], Callable]  # (dimensions, rank, rows at most, logits wanted)
 
 
 def _chunks(inputs: int) -> int:
     whole = inputs // (32 * WARPS)
-    return whole // next(n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= 20)
+    return whole // next(n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= CHUNKS)
 
 
 def shared_bytes(dims: Dimensions, rank: int, rows: int) -> int:
@@ -174,8 +202,9 @@ def scratch(dims: Dimensions) -> mx.array:
 class DecodeKernel:
     """One base as the kernel sees it: addresses of its matrices, its norms, and scratch memory."""
 
-    def __init__(self, model: LanguageModel):
-        self.model, self.dims, self.blocks = model, dimensions(model), multiprocessors()
+    def __init__(self, model: LanguageModel, gpu: Gpu | None = None):
+        self.model, self.dims = model, dimensions(model)
+        self.gpu = gpu or Gpu(multiprocessors(), addresses, _step_kernel)
         shape, parts = model.shapes[0], model.parts
         norms = [
             layer[name] for layer in model.plain for name in ("input_norm", "post_norm", "q_norm", "k_norm")
@@ -210,7 +239,7 @@ class DecodeKernel:
             return 0
         own = max(a.shape[1] for a, _, _ in update.values())
         found = next((rank for rank in RANKS if rank >= own), None)
-        fits = found and 3 * found <= self.blocks and shared_bytes(self.dims, found, 8) <= SHARED_LIMIT
+        fits = found and 3 * found <= self.gpu.blocks and shared_bytes(self.dims, found, 8) <= SHARED_LIMIT
         return found if fits else None
 
     def packed(self, update: Update, rank: int) -> mx.array:
@@ -235,7 +264,7 @@ class DecodeKernel:
             arrays = [layer[group][0][0] for layer in layers for group in GROUPS]
         else:
             arrays = [matrix for layer in self.unpacked for matrix in layer]
-        return addresses([*arrays, self.head, self.embedding])
+        return self.gpu.addresses([*arrays, self.head, self.embedding])
 
     def longest(self, rank: int) -> int:
         """Return how many rows a step can have."""
@@ -312,7 +341,7 @@ class KernelBatch:
         self._make_room(int(self.used.max()) + width)
         if self.meta is None:
             self.meta = self._meta(width)
-        run = _step_kernel(kernel.dims, self.rank, 8 if count <= 8 else ROWS, wanted)
+        run = kernel.gpu.compiled(kernel.dims, self.rank, 8 if count <= 8 else ROWS, wanted)
         shapes, dtypes = [(ROWS,), (64,)], [mx.int32, mx.int32]
         if wanted:
             shapes, dtypes = [*shapes, (count, kernel.dims.vocabulary)], [*dtypes, mx.float32]
@@ -320,7 +349,7 @@ class KernelBatch:
         best, self.meta, *logits = run(
             inputs=[tokens, self.meta, self.table, kernel.norms, lora, self.keys, self.values, kernel.frequencies,
                     kernel.scratch],
-            output_shapes=shapes, output_dtypes=dtypes, grid=(kernel.blocks * THREADS, 1, 1),
+            output_shapes=shapes, output_dtypes=dtypes, grid=(kernel.gpu.blocks * THREADS, 1, 1),
             threadgroup=(THREADS, 1, 1),
         )  # fmt: skip
         self.used, self.positions = self.used + width, self.positions + width

@@ -110,7 +110,7 @@ __device__ __forceinline__ void product(Block& k, int layer) {
       return rsqrtf(sum / inputs(P) + EPS);
     };
     auto low_product = [&]() {  // of this block's row of A
-      asm volatile("cp.async.wait_all;" ::: "memory");
+      wait_copies();
       __syncwarp();
       float part[4][4] = {};
 #pragma unroll

@@ -2,7 +2,7 @@
 namespace decode {
 
 __device__ __forceinline__ void step(const Args& args) {
-  extern __shared__ __align__(128) char shared[];
+  char* const shared = shared_memory();
   Block k;
   k.a = args, k.sm = shared;
   k.b = blockIdx.x, k.n = gridDim.x, k.tid = threadIdx.x, k.warp = threadIdx.x / 32, k.lane = threadIdx.x % 32;
@@ -14,9 +14,8 @@ __device__ __forceinline__ void step(const Args& args) {
     int* to = reinterpret_cast<int*>(shared + AT_MISC) + 1 + 3 * p;
     to[0] = (int)((long)of * k.b / k.n), to[1] = (int)((long)of * (k.b + 1) / k.n), to[2] = (to[1] - to[0] + high - 1) / high;
   }
-  if (k.tid < SLOTS * WARPS)
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_at(shared + AT_BAR) + k.tid * 8) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  if (k.tid < SLOTS * WARPS) mbar_init(shared_at(shared + AT_BAR) + k.tid * 8, 1);
+  mbar_init_fence();
   __syncthreads();
   k.ahead = {0, 0, 0, 0};
   for (int s = 0; s < SLOTS; s++) k.issue(s);
