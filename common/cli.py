@@ -21,6 +21,7 @@ from integration.lora_patch.errors import LoraError
 
 # Set by the Makefile: the variables that its user gave, as typed. Messages then name make's variables.
 MAKE_VARIABLES = "MONDRIAN_MAKE_VARIABLES"
+IN_ROUND = "MONDRIAN_IN_ROUND"  # set where a script is one phase of a round, which takes the next step itself
 MAKE_NAMES = {
     "--advisor": "ADVISOR=",
     "--base_model": "BASE_MODEL=",
@@ -218,7 +219,14 @@ def _told(value: object) -> str:
 
 
 def next_step(made: str, command: str, target: str | None = None) -> None:
-    """Print what a phase made, and the next command: ``make target`` where make runs the script, else ``command``."""
+    """Print what a phase made, and the next command: ``make target`` where make runs the script, else ``command``.
+
+    Inside a round no command is printed: the round goes on by itself.
+    """
+    if os.environ.get(IN_ROUND):
+        if made:
+            click.echo(made)
+        return
     variables = os.environ.get(MAKE_VARIABLES)
     if variables is not None and target:
         command = f"make {target} {variables}".strip()

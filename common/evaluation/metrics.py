@@ -265,10 +265,11 @@ def _figures(columns: dict) -> dict[str, Figure]:
     for name, column in columns.items():
         if isinstance(column, np.ndarray) and column.ndim == 1 and " " not in name:
             share = kind(name).unit == "share"
-            found[name] = intervals.share(column) if share else intervals.mean(column).within(0.0, math.inf)
+            found[name] = intervals.share(column) if share else _mean(name, column).within(0.0, math.inf)
     for name in columns["names"]:
         ours, wanted = columns[f"score {name}"], columns[f"wanted {name}"]
-        found[score_figure("mae", name)] = intervals.mean(columns[f"mae {name}"]).within(0.0, math.inf)
+        mae = score_figure("mae", name)
+        found[mae] = _mean(mae, columns[f"mae {name}"]).within(0.0, math.inf)
         found[score_figure("rank", name)] = intervals.correlation(ours, wanted, ranks=True)
         found[score_figure("pearson", name)] = intervals.correlation(ours, wanted, ranks=False)
         found[score_figure("pairs", name)] = intervals.pairs(*_ordered(ours, wanted)).within(0.0, 1.0)
@@ -288,6 +289,11 @@ def _figures(columns: dict) -> dict[str, Figure]:
     return found
 
 
+def _mean(name: str, column: np.ndarray) -> Figure:
+    """Return the mean of a column of a figure's values, or of their differences; scores have steps of a point."""
+    return intervals.mean(column, step=1.0 if kind(name).unit == "points" else 0.0)
+
+
 def _ordered(ours: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return, of each pair of photographs [n, n], whether both orders agree (0.5 for equal outputs), and its weight:
     0 where the reference is equal."""
@@ -305,11 +311,12 @@ def _differences(ours: dict, theirs: dict) -> dict[str, Figure]:
             found[name] = (
                 intervals.share_difference(ours[name], theirs[name])
                 if share
-                else intervals.mean(ours[name] - theirs[name])
+                else _mean(name, ours[name] - theirs[name])
             )
     for name in ours["names"]:
         a, b, wanted = ours[f"score {name}"], theirs[f"score {name}"], ours[f"wanted {name}"]
-        found[score_figure("mae", name)] = intervals.mean(ours[f"mae {name}"] - theirs[f"mae {name}"])
+        mae = score_figure("mae", name)
+        found[mae] = _mean(mae, ours[f"mae {name}"] - theirs[f"mae {name}"])
         for group, ranks in (("rank", True), ("pearson", False)):
             found[score_figure(group, name)] = intervals.correlation_difference(a, b, wanted, ranks)
         kept = ~np.isnan(a + b)

@@ -1,5 +1,6 @@
 """One round of training: link, prepare, train the next version, evaluate it against the one in use, promote it."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from common.cli import IN_ROUND
 from common.errors import UserError, refuse
 from common.evaluation.comparison import read_report
 from common.evaluation.gates import failed
@@ -112,6 +114,7 @@ def _evaluate(options: RoundOptions, folder: Path, incumbent: Path | None) -> Pa
     report = options.work / "evaluation" / f"{options.advisor}-v{parse_folder(folder)[1]}" / "comparison_report.json"
     given = ["--base_model", options.base_model, "--lora_path", str(folder), "--val_data", str(options.data("val"))]
     given += ["--deployed", str(incumbent or "none"), "--output_report", str(report)]
+    given += ["--strict"] if options.rule.strict else []
     for stale in (report, report.with_suffix(".html")):
         stale.unlink(missing_ok=True)  # of a round that was interrupted: must not stand for this one
     _run("4/4 evaluate", "evaluate_lora.py", given, options.eval_args, accept=NOT_PROMOTABLE)
@@ -182,6 +185,6 @@ def _run(
     click.echo(f"\n== {title}")
     launcher = [str(Path(sys.executable).parent / "mlx.launch"), "--hostfile", str(hosts), "--"] if hosts else []
     command = [*launcher, sys.executable, str(ROOT / script), *arguments, *shlex.split(more)]
-    code = subprocess.run(command, check=False).returncode
+    code = subprocess.run(command, check=False, env=os.environ | {IN_ROUND: "1"}).returncode
     if code and code not in accept:
         raise UserError(f"{script} failed (exit code {code}); see above, then run the round again")

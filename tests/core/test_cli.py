@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from common.cli import (
+    IN_ROUND,
     MAKE_VARIABLES,
     PhaseCommand,
     given_options,
@@ -119,6 +120,10 @@ def test_the_next_step_is_a_command_to_paste(capsys, monkeypatch):
     monkeypatch.setenv(MAKE_VARIABLES, "ADVISOR=weston")
     next_step("Open card.html, then train.", "python train_mlx_lora.py", target="train")
     assert capsys.readouterr().out.endswith("Next:\n  make train ADVISOR=weston\n")
+    monkeypatch.setenv(IN_ROUND, "1")
+    next_step("Open card.html, then train.", "python train_mlx_lora.py", target="train")
+    next_step("", "python prepare_training_data.py", target="prepare")
+    assert capsys.readouterr().out == "Open card.html, then train.\n"
 
 
 def test_a_python_without_the_packages_is_told_of_make_setup():

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from common.cli import IN_ROUND
 from common.errors import UserError
 from common.evaluation import comparison, gates
 from common.files import read_json, sha256_file, write_json, write_jsonl
@@ -294,6 +296,30 @@ def test_version_that_was_never_promoted_is_not_written_down_as_in_use(work, pha
     else:
         assert result.exit_code == 0 and record(work)["version"] == "v2"
         assert run(work, "rollback").output == "ansel: back from v2 to the base alone\n"
+
+
+def test_phases_of_a_round_do_not_say_what_the_round_does_itself(monkeypatch):
+    """Evaluation printed "Next: promote" above a paragraph that said that the version is in use."""
+    given = {}
+
+    def start(command, check, env):
+        given.update(env)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(rounds.subprocess, "run", start)
+    rounds._run("1/4 link", "link_training_data.py", [], "")
+    assert given[IN_ROUND] and given["PATH"]
+
+
+def test_a_strict_round_evaluates_strictly(work, phases, tiny_base):
+    """Evaluation said "Ready to promote" of what the round then did not promote."""
+    likely = work / "likely.toml"  # ten answers, none in the format: that few are, not shown to be
+    likely.write_text(LOSS_ALONE + '[few]\nfigure = "format.strict"\nat_most = 0.1\n')
+    phases.update(data=make_data(work), gates=likely)
+    result = run(work, "iterate", "--base_model", tiny_base, "--strict")
+    report = read_json(work / "evaluation" / "ansel-v4" / "comparison_report.json")["verdict"]
+    assert (report["promotable"], report["strict"], report["word"]) == (False, True, "likely")
+    assert result.exit_code == 3 and "not promoted" in result.output
 
 
 def test_held_out_photographs_never_become_training_data(work, phases, tiny_base):

@@ -19,8 +19,8 @@ from common.evaluation.intervals import Figure
 SIZES = (10, 20, 50)
 
 
-def _mean(draw, truth):
-    return lambda rng, n: intervals.mean(draw(rng, n)), truth
+def _mean(draw, truth, step=0.0):
+    return lambda rng, n: intervals.mean(draw(rng, n), step), truth
 
 
 def _scores(rng, n, rho, arms=1):
@@ -51,14 +51,17 @@ CASES = {
     "mean, normal": _mean(lambda rng, n: rng.normal(size=n), 0.0),
     "mean, uniform": _mean(lambda rng, n: rng.uniform(size=n), 0.5),
     "mean, errors of whole points": _mean(
-        lambda rng, n: rng.choice(5, n, p=[0.3, 0.4, 0.2, 0.07, 0.03]).astype(float), 1.13
+        lambda rng, n: rng.choice(5, n, p=[0.3, 0.4, 0.2, 0.07, 0.03]).astype(float), 1.13, step=1.0
     ),
     "mean, absolute normal": _mean(lambda rng, n: np.abs(rng.normal(size=n)), np.sqrt(2 / np.pi)),
     "mean, exponential": _mean(lambda rng, n: rng.exponential(size=n), 1.0),
     "mean, lognormal (sigma 0.5)": _mean(lambda rng, n: rng.lognormal(0, 0.5, n), np.exp(0.125)),
     "mean, lognormal (sigma 1)": _mean(lambda rng, n: rng.lognormal(0, 1, n), np.exp(0.5)),
     "mean, mostly 0 (0.8), else 1 or 2": _mean(
-        lambda rng, n: rng.choice(3, n, p=[0.8, 0.15, 0.05]).astype(float), 0.25
+        lambda rng, n: rng.choice(3, n, p=[0.8, 0.15, 0.05]).astype(float), 0.25, step=1.0
+    ),
+    "mean, mostly 0 (0.9), else 1 or 2": _mean(
+        lambda rng, n: rng.choice(3, n, p=[0.9, 0.08, 0.02]).astype(float), 0.12, step=1.0
     ),
     "difference of losses a token": (_ratio_difference, -0.1),
     "median, lognormal (sigma 0.5)": (lambda rng, n: intervals.median(rng.lognormal(0, 0.5, n)), 1.0),
