@@ -104,6 +104,7 @@ def main(ctx: click.Context, **options) -> None:
     items = load_items(evaluation)
     recorded = evaluation.options.from_outputs
     source = RecordedSource(recorded, items) if recorded else load_models(evaluation, items)
+    evaluation.warnings.extend(source.lacking(items) if recorded else ())
     rows = collect(source, items, evaluation) + time_arms(source, items, evaluation, gates)
     assembled = report.assemble(evaluation, source, items, rows, time.time() - started)
     comparison = recomputed(assembled, gates, evaluation.options.strict)

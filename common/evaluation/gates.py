@@ -33,6 +33,7 @@ from common.errors import UserError, refuse
 from common.evaluation import intervals, metrics
 from common.evaluation.intervals import Figure
 from common.evaluation.metrics import Summary
+from integration.lora_patch.json_text import is_number
 
 MIN_PHOTOGRAPHS = 5  # fewer decide nothing
 FORMAT_MARGIN = 0.05  # share: an answer in twenty
@@ -148,6 +149,9 @@ def load_gates(path: Path | None) -> list[Gate]:
             gates[name] = _changed(gates.get(name), name, changes)
         except ValueError as error:
             problems.append(f"{path}: [{name}]: {error}")
+    for gate in gates.values():
+        if gate.only_if and (gate.only_if == gate.name or gate.only_if not in gates):
+            problems.append(f"{path}: [{gate.name}]: only_if: another gate was expected, and {gate.only_if} is none")
     refuse(problems)
     return list(gates.values())
 
@@ -225,6 +229,8 @@ def _verdict(gate: Gate, summary: Summary, decided: dict[str, dict]) -> dict:
     else:
         figure = summary.arms[gate.arm].get(gate.figure, figure)
     noun = "timed photographs" if gate.figure.startswith("speed.") else "held-out photographs"
+    if figure.value is None and gate.figure == "speed.overhead" and _writes_nothing(summary.arms["base"]):
+        return row("reported", "the base writes no answer whose time another's can be compared with")
     if figure.value is None:
         return row("not measured", f"{subject}: no figure could be measured", f"{gate.min_photographs} {noun}")
     if figure.n < gate.min_photographs:
@@ -246,6 +252,12 @@ def _verdict(gate: Gate, summary: Summary, decided: dict[str, dict]) -> dict:
     if verdict == "fail":
         return row(verdict, reason, HELP.get(gate.figure.partition(".")[0], ""))
     return row(verdict, reason, _decides(gate, figure, noun) if verdict != "pass" else "")
+
+
+def _writes_nothing(base: dict[str, Figure]) -> bool:
+    """Tell whether the base was timed, and none of its answers has a second token."""
+    seconds, rate = (base.get(f"speed.{name}", Figure(None, 0)) for name in ("seconds", "tokens_per_second"))
+    return seconds.value is not None and rate.value is None
 
 
 # -- what would settle a gate -----------------------------------------------------------------------------------------
@@ -320,7 +332,7 @@ def _read(path: Path) -> dict:
         found = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such gates file; see common/evaluation/gates.py for the form") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as gates ({error})") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: a table of gates was expected")
@@ -339,7 +351,7 @@ def _changed(default: Gate | None, name: str, changes: object) -> Gate:
     for key, value in changes.items():
         texts = dict.fromkeys(("title", "figure", "arm", "versus", "only_if"), str)
         wanted = {"enabled": bool, "strict": bool, "min_photographs": int, **texts}
-        if key in BOUNDS and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
+        if key in BOUNDS and not is_number(value):
             raise ValueError(f"{key}: a number was expected")
         if key in wanted and type(value) is not wanted[key]:
             raise ValueError(f"{key}: {wanted[key].__name__} was expected")
@@ -359,6 +371,13 @@ def _changed(default: Gate | None, name: str, changes: object) -> Gate:
             f"unknown figure {gate.figure}; known: {known}, failure:CLASS and mae:NAME, rank:NAME, pearson:NAME, "
             "pairs:NAME of a dimension"
         ) from error
+    if gate.versus is not None and (gate.arm, gate.versus) not in metrics.pairs(list(ARMS)):
+        known = ", ".join(f"{ours} versus {theirs}" for ours, theirs in metrics.pairs(list(ARMS)))
+        raise ValueError(f"{gate.arm} is not compared with {gate.versus}; known: {known}")
+    if gate.versus is not None and not metrics.is_paired(gate.figure):
+        raise ValueError(f"versus: {gate.figure} is not compared photograph by photograph; leave versus out")
+    if metrics.kind(gate.figure).unit == "share" and gate.figure != "speed.overhead" and abs(gate.bound[1]) > 1:
+        raise ValueError(f"{gate.bound[0]}: a share from 0 to 1 was expected, as in 0.95 for 95%")
     if gate.min_photographs < 1:
         raise ValueError("min_photographs: at least 1")
     return gate

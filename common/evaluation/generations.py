@@ -76,7 +76,7 @@ class RecordedSource:
         by_job = {item.example.job_id: item.index for item in items}
         known = {item.index for item in items}
         self.rows: dict[tuple[str, str], list[dict]] = {}
-        problems = []
+        problems, seen = [], {}
         for line, row in read_rows(path):
             kind = row.setdefault("kind", "output")
             problem = fault(row, OUTPUTS[kind]) if str(kind) in OUTPUTS else f"unknown kind {kind!r}"
@@ -91,6 +91,9 @@ class RecordedSource:
                 self.load_seconds[row["arm"]] = row["load_seconds"]
             elif example in known:
                 found = {"sample": 0, "tokens": len(str(row.get("text", "")).split())} | row | {"example": example}
+                which = (kind, row["arm"], example, found["sample"])
+                if kind != "timing" and seen.setdefault(which, line) != line:
+                    problems.append(f"{path}:{line}: the same {kind} as in line {seen[which]}; delete one of them")
                 self.rows.setdefault((kind, row["arm"]), []).append(found)
         refuse(problems)
         present = {arm for kind, arm in self.rows if kind == "output"}
@@ -102,6 +105,16 @@ class RecordedSource:
 
     def settings(self, arm: str) -> dict:
         return {"outputs": str(self.path)}
+
+    def lacking(self, items: list[Item]) -> list[str]:
+        """Return a sentence for each arm that has no output of some photographs."""
+        found = []
+        for arm in self.arms:
+            there = {row["example"] for row in self.rows["output", arm]}
+            if missing := sum(item.index not in there for item in items):
+                text = f"no output of {arm} for {missing} of {len(items)} examples, which are in no figure of it"
+                found.append(f"{self.path}: {text}.")
+        return found
 
     def outputs(self, arm: str, items: list[Item], samples: int) -> Iterator[dict]:
         wanted = {item.index for item in items}

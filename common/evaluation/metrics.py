@@ -73,6 +73,13 @@ MEASURES = {  # figure -> field of an output's measures
     "distinct.same_advice": "same_advice",
     "distinct.example_scores": "example_scores",
 }
+BROKEN_LOSS = 1000.0  # nats per token, the most that a photograph counts with; also where its loss is no number
+UNPAIRED = (
+    "loss.perplexity",
+    "overall.spread",
+    "distinct.texts",
+    "distinct.scores",
+)  # of one arm alone; speed has ratios
 TIMES = {"speed.seconds": "seconds", "speed.first_token": "first_token_seconds"}
 
 
@@ -85,6 +92,11 @@ def kind(name: str) -> Kind:
         return Kind(scoring.FAILURES[rest], "lower", "share")
     found = SCORE_KINDS[group]
     return found._replace(label=f"{rest}: {found.label}")
+
+
+def is_paired(name: str) -> bool:
+    """Tell whether a figure's difference between two arms is computed."""
+    return name not in UNPAIRED and not name.startswith("speed.")
 
 
 def score_figure(group: str, name: str) -> str:
@@ -215,7 +227,7 @@ def _columns(photographs: list[list[dict]], arm: str, constant: dict | None) -> 
         found[f"failure:{failure}"] = _column(first)
     found["length.tokens"] = _column([[o["tokens"] for o in group] for group in outputs])
     losses = [[example["loss"][arm] for example in group if arm in example["loss"]] for group in photographs]
-    found["loss"] = tuple(np.array([_total(group, name) for group in losses]) for name in ("sum", "tokens"))
+    found["loss"] = tuple(np.array([_totals(group) for group in losses]).T)
     return found
 
 
@@ -251,10 +263,17 @@ def _average(values: list) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
-def _total(losses: list[dict], name: str) -> float:
-    """Add up a photograph's losses; NaN when there is none, or one that is no number."""
-    found = [loss[name] for loss in losses if loss[name] is not None]
-    return float(sum(found)) if found and len(found) == len(losses) else math.nan
+def _totals(losses: list[dict]) -> tuple[float, float]:
+    """Add up a photograph's losses: (nats, tokens), NaN when there is none. At most `BROKEN_LOSS` a token.
+
+    A loss that is no number (null) counts as the most: left out, the photographs that an adapter breaks would not
+    count against it.
+    """
+    if not losses:
+        return math.nan, math.nan
+    most = [BROKEN_LOSS * loss["tokens"] for loss in losses]
+    sums = [limit if loss["sum"] is None else min(loss["sum"], limit) for loss, limit in zip(losses, most, strict=True)]
+    return float(sum(sums)), float(sum(loss["tokens"] for loss in losses))
 
 
 # -- figures of the columns -------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ _OUTPUT = {
     if name not in ("arm", "example")
 }
 _LOSS = {name: OUTPUTS["loss"][name] for name in ("sum", "tokens")}
+_FREE = {name: OUTPUTS["timing"][name] for name in ("seconds", "first_token_seconds", "tokens")}
 _ARM = {"load_seconds": Column("number", "that loading took", needed=False, null=True)}
 
 
@@ -72,6 +73,8 @@ def _faults(report: dict) -> Iterator[tuple[str, str | None]]:
         for photograph in example["photographs"]:
             yield f"{where}.photographs", fault(photograph, _PHOTOGRAPH)
         for arm, outputs in example["outputs"].items():
+            if not outputs and not report.get("recorded_outputs"):
+                yield f"{where}.outputs.{arm}", "none, though the model was run"
             for output in outputs if isinstance(outputs, list) else [outputs]:
                 yield f"{where}.outputs.{arm}", fault(output, _OUTPUT) or _no_numbers(output, "expected_scores")
         for arm, loss in example["loss"].items():
@@ -79,6 +82,8 @@ def _faults(report: dict) -> Iterator[tuple[str, str | None]]:
     for at, timing in enumerate(report["timings"]):
         yield f"timings[{at}]", fault(timing, OUTPUTS["timing"])
         yield f"timings[{at}]", fault(timing, {"peak_bytes": Column("count", "", needed=False, null=True)})
+        if "free" in timing:
+            yield f"timings[{at}].free", _row(timing["free"], _FREE)
     trained = report.get("training_scores")
     yield "training_scores", None if trained is None else fault(trained, {}) or _no_numbers(trained, "means")
 

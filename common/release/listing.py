@@ -89,7 +89,12 @@ def in_use_sentence(models: Path, advisor: str) -> str:
     record = read_record(place)
     if record is None:
         return f"No version of {advisor} was ever promoted: the service answers with the base alone."
-    since = f"since {record['promoted_at'][:16].replace('T', ' ')} UTC"
+    at = (
+        f"{record['promoted_at'][:16].replace('T', ' ')} UTC"
+        if record["promoted_at"]
+        else "a time that it does not tell"
+    )
+    since = f"since {at}"
     if record["adapter"] is None:
         return f"No version of {advisor} is in use {since}: {place} has the service answer with the base alone."
     text = f"{record['version']} is in use {since} by {place}"

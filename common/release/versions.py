@@ -75,7 +75,7 @@ def promote_command(advisor: str, work: Path, version: str | None, report: Path 
     """Put a version in use, if its report says that every gate passes or is likely to."""
     models = work / "models"
     have = find_versions(models, advisor)
-    if version and not re.fullmatch(r"v?\d+", version):
+    if version and not re.fullmatch(r"v?[1-9]\d{0,8}", version):
         raise UserError(f"--version {version}: v1, v2, ... was expected")
     number = int(version.lstrip("v")) if version else max(have, default=1)
     if report is None and number in have:

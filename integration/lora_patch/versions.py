@@ -69,16 +69,41 @@ def read_record(path: Path) -> dict | None:
     """Read deployed.json; None when no version was ever put in use. LoraError for a damaged one."""
     if not path.is_file():
         return None
-    record, problem = read_json(path), None
-    if record.get("schema_version") != SCHEMA_VERSION:
-        problem = f"schema {str(record.get('schema_version'))[:20]}, this program reads {SCHEMA_VERSION}"
-    if not problem and record.get("adapter") is not None:
-        fields = {"version": str, "adapter": str, "sha256": dict, "history": list}
-        wrong = [name for name, kind in fields.items() if not isinstance(record.get(name), kind)]
-        problem = f"{', '.join(wrong)} missing or of the wrong kind" if wrong else None
-    if problem:
-        raise LoraError(f"{path}: {problem}; restore the file, or delete it and promote a version again")
-    return record
+    try:
+        record = read_json(path)
+        if record.get("schema_version") != SCHEMA_VERSION:
+            raise LoraError(
+                f"{path}: schema {str(record.get('schema_version'))[:20]}, this program reads {SCHEMA_VERSION}"
+            )
+        if wrong := _wrong(record):
+            raise LoraError(f"{path}: {', '.join(wrong)} missing or of the wrong kind")
+    except LoraError as error:
+        raise LoraError(f"{error}; restore the file, or delete it and promote a version again") from error
+    return NO_VERSION | {"promoted_at": "", "history": []} | record
+
+
+def _wrong(record: dict) -> list[str]:
+    """Return the fields of a record that are not what promotion writes; its history holds records like itself."""
+    history, back = record.get("history", []), record.get("rolled_back", {})
+    needed = {"history"} if record.get("adapter") is not None else set()
+    entries = history if isinstance(history, list) else [None]
+    whole = all(isinstance(entry, dict) and "adapter" in entry and not _wrong_here(entry) for entry in entries)
+    whole = whole and needed <= record.keys()
+    wrong = _wrong_here(record) + ([] if whole else ["history"])
+    return wrong + ([] if isinstance(back, dict) and isinstance(back.get("version"), str | None) else ["rolled_back"])
+
+
+def _wrong_here(record: dict) -> list[str]:
+    texts = ("version", "adapter", "report", "report_sha256", "rule", "verdict", "promoted_at", "promoted_by")
+    wrong = [name for name in texts if not isinstance(record.get(name), str | None)]
+    hashes, in_use = record.get("sha256"), record.get("adapter") is not None
+    if in_use and record.get("version") is None:
+        wrong.append("version")
+    if not isinstance(hashes, dict if in_use else dict | None) or not all(
+        isinstance(v, str) for v in (hashes or {}).values()
+    ):
+        wrong.append("sha256")
+    return wrong
 
 
 def deployed_folder(path: Path) -> Path | None:

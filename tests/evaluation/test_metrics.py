@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from common.errors import UserError
 from common.evaluation import intervals
 from common.evaluation import scoring as judge
 from common.evaluation.gates import DEFAULT_GATES, Gate, decide, failed, format_value, load_gates
@@ -475,6 +476,24 @@ def test_gates_file_names_all_that_is_wrong(tmp_path):
     assert message.count(str(path)) == 4
     for part in ("unknown figure format.strikt", "exactly one bound", "candiate", "unknown setting at_leest"):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[tuned_format]\nat_least = 95\n", "a share from 0 to 1"),
+        ("[tuned_format]\nat_least = inf\n", "a number was expected"),
+        ('[x]\nfigure = "speed.seconds"\nversus = "base"\nbelow = 1\n', "leave versus out"),
+        ('[x]\nfigure = "scores.mae"\narm = "base"\nversus = "candidate"\nbelow = 1\n', "base is not compared with"),
+        ('[x]\nfigure = "scores.mae"\nbelow = 1\nonly_if = "tuned_fromat"\n', "tuned_fromat is none"),
+        ('{"x":' * 100_000, "cannot be read as gates"),
+    ],
+)
+def test_a_gate_that_could_never_decide_is_refused(tmp_path, text, told):
+    path = tmp_path / ("gates.json" if text.startswith("{") else "gates.toml")
+    path.write_text(text)
+    with pytest.raises(UserError, match=told):
+        load_gates(path)
 
 
 def test_values_are_shown_with_their_units():

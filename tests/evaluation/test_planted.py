@@ -197,6 +197,38 @@ def test_a_good_adapter_with_12_photographs_is_likely_promotable_and_says_how_ma
     assert "  Tuned format compliance: 59 held-out photographs without a fault; you have 12\n" in result.stdout
 
 
+def gate_words(content: dict) -> dict[str, str]:
+    return {row["name"]: row["verdict"] for row in content["gates"]}
+
+
+def test_a_loss_that_is_no_number_counts_against_the_adapter(case):
+    """Left out, the photographs that an adapter breaks would not count: one that broke half of them was promoted."""
+    for name, broken, code, word in (("half", range(0, PHOTOS, 2), 4, "fail"), ("one", range(1), 3, "unlikely")):
+        rows = good(case[2], PHOTOS)
+        for row in rows:
+            if row["kind"] == "loss" and row["arm"] == "candidate" and row["example"] in broken:
+                row["sum"] = None
+        result, content = evaluated(case, name, rows)
+        assert (result.exit_code, gate_words(content)["base_loss"]) == (code, word)
+
+
+def test_a_base_that_answers_nothing_is_mended_and_its_speed_is_not_held_against_the_adapter(case):
+    rows = good(case[2], PHOTOS)
+    for row in rows:
+        if row["arm"] == "base" and row["kind"] in ("output", "timing"):
+            row |= {"tokens": 1} | ({"text": ""} if row["kind"] == "output" else {})
+    result, content = evaluated(case, "silent", rows)
+    words = gate_words(content)
+    assert (words["overhead"], words["base_format"], result.exit_code) == ("reported", "reported", 0)
+
+
+def test_outputs_that_are_missing_are_told(case):
+    rows = [row for row in good(case[2], PHOTOS) if (row["kind"], row["arm"]) != ("output", "candidate")]
+    rows += [row for row in good(case[2], 6) if (row["kind"], row["arm"]) == ("output", "candidate")]
+    content = evaluated(case, "gaps", rows)[1]
+    assert any(f"no output of candidate for {PHOTOS - 6} of {PHOTOS} examples" in text for text in content["warnings"])
+
+
 def test_four_photographs_are_not_measured(case):
     result, content = evaluated(case, "four", good(case[2], 4), "--max_examples", 4)
     assert (result.exit_code, content["verdict"]["word"]) == (3, "not measured")
@@ -383,13 +415,18 @@ def test_recorded_outputs_with_mistakes_are_named_by_line(case):
         {"kind": ["odd"]},
         {"kind": "timing", "arm": "base"},
         {"kind": "output", "arm": "base", "example": 0, "text": "x", "finish": "stop", "expected_scores": {"a": "b"}},
+        {"kind": "loss", "arm": "base", "example": 0, "sum": 1.0, "tokens": 0},
+        {"kind": "timing", "arm": "base", "example": 0, "seconds": 0, "first_token_seconds": 0, "tokens": 4},
+        {"kind": "output", "arm": "base", "example": 0, "text": "x", "finish": "stop"},
+        {"kind": "output", "arm": "base", "example": 0, "text": "y", "finish": "stop"},
     ]
     write_jsonl(folder / "wrong.jsonl", lines)
     result = evaluate(
         "--lora_path", adapter, "--from_outputs", folder / "wrong.jsonl", "--output_report", folder / "no"
     )
     assert result.exit_code == 1
-    assert [f"wrong.jsonl:{line}:" in result.stderr for line in range(1, 7)] == [True] * 6
+    assert [f"wrong.jsonl:{line}:" in result.stderr for line in range(1, 11)] == [True] * 8 + [False, True]
+    assert "wrong.jsonl:10: the same output as in line 9" in result.stderr
     assert not (folder / "no.json").exists()
 
 

@@ -351,6 +351,58 @@ def test_record_is_plain_json(work):
     assert json.loads(text)["version"] == "v1" and text.endswith("}\n")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"promoted_at": 5},
+        {"history": ["v1"]},
+        {"history": [{"version": "v1"}]},
+        {"history": [{"version": "v1", "adapter": "../x", "sha256": []}]},
+        {"report": 7},
+        {"rolled_back": "v3"},
+        {"sha256": {"adapter_config.json": None}},
+        "[]",
+        "",
+    ],
+)
+def test_a_record_that_a_hand_has_spoilt_ends_in_one_line(work, damage):
+    assert run(work, "promote", "--version", "v1").exit_code == 0
+    place = work / "models" / "ansel" / "deployed.json"
+    place.write_text(json.dumps(record(work) | damage) if isinstance(damage, dict) else damage)
+    spoilt = place.read_bytes()
+    for command in (("list",), ("promote", "--version", "v2"), ("rollback",)):
+        result = run(work, *command)
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.output
+        assert result.stderr.startswith(f"Error: {place}: ") and "restore the file" in result.stderr
+    assert place.read_bytes() == spoilt
+
+
+def test_a_record_of_an_earlier_form_is_read(work):
+    """Without who, when and by which rule; and that of no version, without anything else."""
+    assert run(work, "promote", "--version", "v1").exit_code == 0
+    place = work / "models" / "ansel" / "deployed.json"
+    old = {key: record(work)[key] for key in ("schema_version", "advisor", "version", "adapter", "sha256", "history")}
+    write_json(place, old)
+    assert "v1 is in use since a time that it does not tell" in " ".join(run(work, "list").stdout.split())
+    assert run(work, "rollback").output == "ansel: back from v1 to the base alone\n"
+    write_json(place, {"schema_version": 1, "adapter": None})
+    assert run(work, "list").exit_code == 0
+    assert run(work, "promote", "--version", "v1").exit_code == 0 and record(work)["version"] == "v1"
+
+
+def test_history_whose_last_line_has_no_end_gains_a_line_of_its_own(work):
+    assert run(work, "promote", "--version", "v1").exit_code == 0
+    path = work / "models" / "ansel" / "history.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    assert run(work, "rollback").exit_code == 0
+    assert [row["action"] for row in read_jsonl(path)] == ["promoted", "rolled back"]
+
+
+def test_there_is_no_version_0(work):
+    result = run(work, "promote", "--version", "v0")
+    assert result.exit_code == 1 and result.stderr == "Error: --version v0: v1, v2, ... was expected\n"
+
+
 def test_history_keeps_who_when_what_and_by_which_rule(work):
     for command in (("promote", "--version", "v1"), ("promote", "--version", "v2"), ("rollback",)):
         assert run(work, *command).exit_code == 0
