@@ -83,7 +83,7 @@ def _faults(report: dict) -> Iterator[tuple[str, str | None]]:
         yield f"timings[{at}]", fault(timing, OUTPUTS["timing"])
         yield f"timings[{at}]", fault(timing, {"peak_bytes": Column("count", "", needed=False, null=True)})
         if "free" in timing:
-            yield f"timings[{at}].free", _row(timing["free"], _FREE)
+            yield f"timings[{at}].free", fault(timing["free"], _FREE)
     trained = report.get("training_scores")
     yield "training_scores", None if trained is None else fault(trained, {}) or _no_numbers(trained, "means")
 
