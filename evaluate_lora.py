@@ -25,8 +25,8 @@ from common.cli import PATH, PhaseCommand, command_line, next_step, option, opti
 from common.evaluation import report
 from common.evaluation.comparison import recomputed
 from common.evaluation.gates import Gate, load_gates, undecided_speed
-from common.evaluation.generations import Item, OutputLog, RecordedSource, Source
-from common.evaluation.setup import Evaluation, Options, load_items, load_models, resolve
+from common.evaluation.generations import Item, OutputLog, OutputSource, RecordedSource
+from common.evaluation.setup import Evaluation, EvaluationOptions, load_items, load_models, resolve
 from common.evaluation.tryout import make_task, try_photos
 from common.tables import paragraph
 from common.training.model_card import complete_card
@@ -99,7 +99,7 @@ def main(ctx: click.Context, **options) -> None:
     if options["lora_path"] is None:
         raise click.UsageError("Missing option '--lora_path'.")
     started = time.time()
-    gates, evaluation = load_gates(options["gates"]), resolve(Options(**options))
+    gates, evaluation = load_gates(options["gates"]), resolve(EvaluationOptions(**options))
     print_settings(f"Evaluating {evaluation.options.lora_path}", evaluation.settings(), ctx)
     items = load_items(evaluation)
     recorded = evaluation.options.from_outputs
@@ -124,7 +124,7 @@ def try_out(photos: tuple[Path, ...], advisor: str | None, versions: str | None,
     try_photos(list(photos), task, Path(options["output_report"]).with_name("try.html"))
 
 
-def collect(source: Source, items: list[Item], evaluation: Evaluation) -> list[dict]:
+def collect(source: OutputSource, items: list[Item], evaluation: Evaluation) -> list[dict]:
     """Return all rows of `common.evaluation.generations` but the timed ones: from the log what it has, from the source
     the rest."""
     options, logs = evaluation.options, {}
@@ -148,7 +148,7 @@ def collect(source: Source, items: list[Item], evaluation: Evaluation) -> list[d
     return rows
 
 
-def collect_arm(source: Source, items: list[Item], samples: int, log: OutputLog, bar: tqdm) -> list[dict]:
+def collect_arm(source: OutputSource, items: list[Item], samples: int, log: OutputLog, bar: tqdm) -> list[dict]:
     """Return the rows of one arm; what is not in its log is generated and logged."""
     by_index = {item.index: item for item in items}
     missing = [item for item in items if not log.has("loss", item)]
@@ -164,7 +164,7 @@ def collect_arm(source: Source, items: list[Item], samples: int, log: OutputLog,
     return [row for row in found if row]
 
 
-def time_arms(source: Source, items: list[Item], evaluation: Evaluation, gates: list[Gate]) -> list[dict]:
+def time_arms(source: OutputSource, items: list[Item], evaluation: Evaluation, gates: list[Gate]) -> list[dict]:
     """Return the timed rows: of --timing_examples photographs, then of more (and of the first ones again) until every
     gate on speed is decided or --timing_seconds are spent."""
     options = evaluation.options

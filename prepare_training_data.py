@@ -22,7 +22,16 @@ from common.cli import PATH, PhaseCommand, command_line, next_step, option, opti
 from common.data.candidates import choose_advisor, judge_all, open_manifest
 from common.data.card import write_card
 from common.data.near_duplicates import DISTANCE
-from common.data.preparation import Options, Task, check_scores, choose, earlier_sides, measure, split, warnings_of
+from common.data.preparation import (
+    DataOptions,
+    Task,
+    check_scores,
+    choose,
+    earlier_sides,
+    measure,
+    split,
+    warnings_of,
+)
 from common.data.prepared import meta_of, output_paths, write_set
 from common.data.prompt_specification import make_target, service_prompt
 from common.data.quality import GATES, MASKING, read_levels
@@ -100,18 +109,18 @@ def main(manifest, advisor, output_dir, dry_run, **given):
     next_step(f"\n{meta['headline']['text']} -> {paths['train']}\nOpen {paths['card']}", train, "train")
 
 
-def read_options(given: dict) -> Options:
+def read_options(given: dict) -> DataOptions:
     """Return the options of preparation proper; UserError for a wrong gate or shares that do not add up to 1."""
     train, val = given["train_split"], given["val_split"]
     if train is not None and val is not None and abs(train + val - 1) > 1e-6:
         raise UserError(f"--train_split {train} and --val_split {val} add up to {train + val:g}; they must make 1")
     if val is None:
         val = 0.2 if train is None else round(1 - train, 9)
-    rest = {name: given[name] for name in Options.__dataclass_fields__ if name in given}
-    return Options(**rest | {"levels": read_levels(given["gate"], given["no_mend"]), "val_split": val})
+    rest = {name: given[name] for name in DataOptions.__dataclass_fields__ if name in given}
+    return DataOptions(**rest | {"levels": read_levels(given["gate"], given["no_mend"]), "val_split": val})
 
 
-def shown_settings(task: Task, output_dir: Path, options: Options) -> dict[str, object]:
+def shown_settings(task: Task, output_dir: Path, options: DataOptions) -> dict[str, object]:
     names = f"{len(task.target.specification.names)}: {', '.join(task.target.specification.names)}"
     return {
         "manifest": task.manifest.path,

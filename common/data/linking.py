@@ -118,11 +118,11 @@ class Reader:
         prompts = tuple(text for text in (self.system_prompt, prompt) if text)
         return asked_by(prompts, self.wanted.dimensions, self.wanted.score_range)
 
-    def read(self, tasks: list["Task"]) -> list["Found | AnalysisError | tuple[str, str]"]:
+    def read(self, tasks: list["ReaderTask"]) -> list["Found | AnalysisError | tuple[str, str]"]:
         """Return for each task what was found, or why nothing was."""
         return [task.refusal or self._found(task) for task in tasks]
 
-    def _found(self, task: "Task") -> Found | AnalysisError:
+    def _found(self, task: "ReaderTask") -> Found | AnalysisError:
         try:
             return find_analysis(task.texts, task.advisor, self.files, self.asked(task.texts["prompt"]))
         except AnalysisError as error:
@@ -132,7 +132,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Task:
+class ReaderTask:
     """A job for a `Reader`: why it is no candidate, or for whom it is read and the texts that may hold the analysis."""
 
     refusal: tuple[str, str] | None
@@ -180,20 +180,20 @@ class Linker:
         """Return the reader of a database's jobs, which knows its system prompt."""
         return Reader(self.files, database.prompts("").system_prompt or "", self.wanted)
 
-    def _tasks(self, jobs: Iterable[dict], seen: set[str]) -> Iterator[tuple[dict, Task]]:
+    def _tasks(self, jobs: Iterable[dict], seen: set[str]) -> Iterator[tuple[dict, ReaderTask]]:
         for job in jobs:
             task = self.task(job)
             if task.refusal is None and job["job_id"] in seen:
-                task = Task(("duplicate_job", "a job of this id was read before"), None, {})
+                task = ReaderTask(("duplicate_job", "a job of this id was read before"), None, {})
             elif task.refusal is None:
                 seen.add(job["job_id"])
             yield job, task
 
-    def task(self, job: dict) -> Task:
+    def task(self, job: dict) -> ReaderTask:
         """Return what a `Reader` needs of a job."""
         texts = {c: str(job[c]) if isinstance(job[c], int | float) else job[c] for c in _TEXTS[:3]}
         texts |= {"id": job["job_id"], "prompt": prompt_of(job)}
-        return Task(self.wanted.refusal(job), self.wanted.advisor_of(job), texts)
+        return ReaderTask(self.wanted.refusal(job), self.wanted.advisor_of(job), texts)
 
     def outcome(self, job: dict, found, database: Database, system_prompt: str) -> Outcome:
         """Return what becomes of a job, given what a `Reader` found."""
@@ -326,7 +326,7 @@ def _progress(database: Database, columns: tuple[str, ...], label: str) -> Itera
         yield job
 
 
-def _read_all(jobs: Iterator[tuple[dict, Task]], reader: Reader, workers: int) -> Iterator[tuple]:
+def _read_all(jobs: Iterator[tuple[dict, ReaderTask]], reader: Reader, workers: int) -> Iterator[tuple]:
     """Yield (job, Found, AnalysisError or refusal) in order, read by ``workers`` processes."""
     chunks = iter(lambda: list(itertools.islice(jobs, _CHUNK)), [])
     if workers < 2:
@@ -355,5 +355,5 @@ def _start_worker(reader: Reader) -> None:
     _reader = reader
 
 
-def _work(tasks: list[Task]) -> list:
+def _work(tasks: list[ReaderTask]) -> list:
     return _reader.read(tasks)

@@ -17,7 +17,7 @@ from common.data.lengths import LengthCounter
 from common.data.near_duplicates import are_near, group_photos
 from common.data.prompt_specification import Prompt
 from common.data.quality import GATES, Target
-from common.data.split import Record, assign, recovered, settle
+from common.data.split import SplitRecord, assign, recovered, settle
 from common.errors import UserError
 from common.files import RowFile, read_json
 from common.tables import counted
@@ -35,7 +35,7 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class Options:
+class DataOptions:
     """How to prepare. ``val_split`` is a share of the photographs, ``max_seq_length`` in tokens, ``max_image_size`` in
     pixels of the long side."""
 
@@ -85,7 +85,7 @@ class Arrangement(Choice):
     """A choice with a side for each photograph."""
 
     side_of: dict[int, str]  # {group: "train" or "val"}
-    record: Record  # of this and all earlier rounds
+    record: SplitRecord  # of this and all earlier rounds
 
     def examples(self, side: str | None = None) -> list[Candidate]:
         """Return what is trained on and validated on, or one side of it."""
@@ -104,13 +104,13 @@ class Arrangement(Choice):
         return list(members.values())
 
 
-def earlier_sides(paths: dict[str, Path], options: Options) -> tuple[Record, list[str]]:
+def earlier_sides(paths: dict[str, Path], options: DataOptions) -> tuple[SplitRecord, list[str]]:
     """Return (the record of earlier rounds, empty where none applies; warnings).
 
     Where the record is gone and the files of a round are there, these tell the sides.
     """
     warnings = []
-    record = None if options.resplit else Record.read(paths["split"])
+    record = None if options.resplit else SplitRecord.read(paths["split"])
     if record is None and not options.resplit:
         files = {side: paths[side] for side in ("train", "val")}
         record = recovered(files, *_earlier_settings(paths["meta"], options))
@@ -125,10 +125,10 @@ def earlier_sides(paths: dict[str, Path], options: Options) -> tuple[Record, lis
             "photographs change sides; do not compare adapters trained on the earlier split with new ones"
         )
         record = None
-    return record or Record(options.seed, options.val_split), warnings
+    return record or SplitRecord(options.seed, options.val_split), warnings
 
 
-def _earlier_settings(meta: Path, options: Options) -> tuple[int, float]:
+def _earlier_settings(meta: Path, options: DataOptions) -> tuple[int, float]:
     """Return (seed, val_split) of the round that meta.json tells of, else today's."""
     value = read_json(meta) if meta.is_file() else {}
     earlier = value.get("options", {}) if isinstance(value, dict) else {}
@@ -138,7 +138,7 @@ def _earlier_settings(meta: Path, options: Options) -> tuple[int, float]:
         return options.seed, options.val_split
 
 
-def choose(judged: Judged, record: Record, options: Options) -> Choice:
+def choose(judged: Judged, record: SplitRecord, options: DataOptions) -> Choice:
     """Group the photographs, judge the analyses among each other, and choose the examples."""
     candidates, distance = judged.candidates, options.duplicate_distance
     thumbs = {**record.thumbs, **judged.thumbs}
@@ -164,7 +164,9 @@ def _group_of(candidates: list[Candidate], groups: list[list[str]]) -> list[int]
     return [by_photo.get(candidate.sha256, len(groups)) for candidate in candidates]
 
 
-def split(choice: Choice, thumbs: dict[str, bytes], record: Record, specification: PromptSpecification) -> Arrangement:
+def split(
+    choice: Choice, thumbs: dict[str, bytes], record: SplitRecord, specification: PromptSpecification
+) -> Arrangement:
     """Give each group with an example its side, and enter the photographs in the record.
 
     ``thumbs`` are the thumbnails of the photographs by SHA-256. UserError with fewer than two photographs.
@@ -199,7 +201,7 @@ class Lengths:
     max_seq_length: int
 
 
-def measure(examples: list[Candidate], task: Task, options: Options) -> Lengths:
+def measure(examples: list[Candidate], task: Task, options: DataOptions) -> Lengths:
     """Count the tokens of each example, kept with it, and sum up."""
     counter = LengthCounter(options.base_model, options.max_image_size)
     for candidate, row in zip(examples, task.manifest.read([c.place for c in examples]), strict=True):

@@ -11,7 +11,7 @@ from typing import IO
 
 from common.data.candidates import response_of
 from common.data.findings import findings_of
-from common.data.preparation import MIN_VALIDATION, Arrangement, Lengths, Options, Task
+from common.data.preparation import MIN_VALIDATION, Arrangement, DataOptions, Lengths, Task
 from common.dataset import messages_row, triplet_row
 from common.errors import UserError
 from common.files import read_json, sha256_file, write_atomic
@@ -28,7 +28,7 @@ def output_paths(folder: Path, advisor: str, split_record: Path | None) -> dict[
     return paths | ({"split": split_record} if split_record else {})
 
 
-def write_set(paths: dict[str, Path], task: Task, arrangement: Arrangement, options: Options, meta: dict) -> None:
+def write_set(paths: dict[str, Path], task: Task, arrangement: Arrangement, options: DataOptions, meta: dict) -> None:
     """Write the files of a set so that no mixture of two sets is ever taken for one.
 
     All are complete on the disk before the first gets its name. meta.json, which holds the SHA-256 of the others, comes
@@ -86,7 +86,7 @@ def _verdicts(arrangement: Arrangement) -> Iterator[dict]:
         }
 
 
-def meta_of(task: Task, arrangement: Arrangement, options: Options, lengths: Lengths, warnings: list[str]) -> dict:
+def meta_of(task: Task, arrangement: Arrangement, options: DataOptions, lengths: Lengths, warnings: list[str]) -> dict:
     """Return what meta.json says of a set, less the SHA-256 of its files."""
     examples, photos = arrangement.examples(), arrangement.photographs()
     return {

@@ -29,7 +29,7 @@ OVERALL_TOLERANCE = 0.5  # points of ten between the overall score and the mean 
 
 
 @dataclass(frozen=True)
-class Gate:
+class DataGate:
     """A gate: its default level, and what it finds fault with."""
 
     default: str
@@ -37,32 +37,32 @@ class Gate:
 
 
 GATES = {
-    "schema": Gate(
+    "schema": DataGate(
         "reject",
         "lacks the description, a comment, a recommendation, a dimension or a key that only its prompt asks for",
     ),
-    "score_range": Gate("reject", "a score is outside the range that the prompt asks for, or of another scale"),
-    "whole_scores": Gate("warn", "a dimension's score is not a whole number, as the prompt demands"),
-    "language": Gate("reject", "not written in English, as the service demands"),
-    "repetition": Gate("reject", "degenerate repetition: the same words again and again"),
-    "word_salad": Gate("reject", "strings of words without grammar, as a model writes that has been pushed too far"),
-    "comments": Gate("reject", "comments or recommendations are near-empty, or the prompt's own placeholders"),
-    "duplicates": Gate("reject", "word for word the analysis of another photograph: a stuck model"),
-    "overall": Gate(
+    "score_range": DataGate("reject", "a score is outside the range that the prompt asks for, or of another scale"),
+    "whole_scores": DataGate("warn", "a dimension's score is not a whole number, as the prompt demands"),
+    "language": DataGate("reject", "not written in English, as the service demands"),
+    "repetition": DataGate("reject", "degenerate repetition: the same words again and again"),
+    "word_salad": DataGate("reject", "strings of words without grammar, as an overtrained model writes them"),
+    "comments": DataGate("reject", "comments or recommendations are near-empty, or the prompt's own placeholders"),
+    "duplicates": DataGate("reject", "word for word the analysis of another photograph: a stuck model"),
+    "overall": DataGate(
         "warn",
         f"the overall score is missing or over {OVERALL_TOLERANCE} of 10 from the dimensions' mean, which replaces it",
     ),
-    "copied_scores": Gate(
+    "copied_scores": DataGate(
         "mask", "the scores of the example in its own prompt, or all but one; mask: only its texts are trained on"
     ),
-    "boilerplate": Gate("warn", "comments that it shares with other dimensions or with several other photographs"),
-    "flat_scores": Gate("warn", "every dimension has the same score"),
-    "sections": Gate(
+    "boilerplate": DataGate("warn", "comments that it shares with other dimensions or with several other photographs"),
+    "flat_scores": DataGate("warn", "every dimension has the same score"),
+    "sections": DataGate(
         "mask",
         "lacks strengths, improvements or notes that the prompt asks for; mask: leaving them out is not trained",
     ),
-    "length": Gate("warn", "a comment or recommendation of over 120 words, where the prompt allows 50"),
-    "mends": Gate("off", "was readable only after mending (--no_mend: reject)"),
+    "length": DataGate("warn", "a comment or recommendation of over 120 words, where the prompt allows 50"),
+    "mends": DataGate("off", "was readable only after mending (--no_mend: reject)"),
 }
 
 SECTIONS = ("key_strengths", "priority_improvements", "technical_notes")

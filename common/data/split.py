@@ -31,7 +31,7 @@ STRATUM = 0.5  # points of overall score
 
 
 @dataclass
-class Record:
+class SplitRecord:
     """The sides of all photographs ever split, by SHA-256."""
 
     seed: int
@@ -40,7 +40,7 @@ class Record:
     thumbs: dict[str, bytes] = field(default_factory=dict)  # of those that could be read
 
     @classmethod
-    def read(cls, path: Path) -> "Record | None":
+    def read(cls, path: Path) -> "SplitRecord | None":
         """Read a split record; None when there is none, UserError for a damaged one."""
         if not path.exists():
             return None
@@ -72,7 +72,7 @@ class Record:
         }
 
 
-def recovered(files: dict[str, Path], seed: int, val_split: float) -> Record | None:
+def recovered(files: dict[str, Path], seed: int, val_split: float) -> SplitRecord | None:
     """Return the sides that existing ``{"train": path, "val": path}`` files tell of, where their record is gone.
 
     None where there are no such files. The photographs that can still be read get their thumbnails. UserError for
@@ -81,7 +81,7 @@ def recovered(files: dict[str, Path], seed: int, val_split: float) -> Record | N
     there = {side: path for side, path in files.items() if path.exists()}
     if not there:
         return None
-    record = Record(seed, val_split)
+    record = SplitRecord(seed, val_split)
     for side, path in there.items():
         for number, row in read_rows(path):
             problem = fault(row, MESSAGES if "messages" in row else TRIPLET)

@@ -45,7 +45,7 @@ class Item:
         self.key = hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
-class Source(Protocol):
+class OutputSource(Protocol):
     """What `evaluate_lora.py` needs of the model, and what a file of planted outputs gives just as well."""
 
     arms: list[str]

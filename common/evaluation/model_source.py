@@ -25,8 +25,8 @@ WARM_UP = 8  # tokens generated before anything is timed: kernels are compiled i
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How answers are generated."""
+class Decoding:
+    """How answers are decoded, and how photographs are prepared for that."""
 
     max_tokens: int
     batch_size: int = 8
@@ -36,9 +36,9 @@ class Sampling:
 
 
 class ModelSource:
-    """The base, the candidate and, if there is one, the deployed adapter; see `generations.Source`."""
+    """The base, the candidate and, if there is one, the deployed adapter; see `generations.OutputSource`."""
 
-    def __init__(self, base: vlm.Base, adapters: dict[str, Path], sampling: Sampling, constrained: bool, facts: dict):
+    def __init__(self, base: vlm.Base, adapters: dict[str, Path], sampling: Decoding, constrained: bool, facts: dict):
         """``adapters``: folder by arm ("candidate", ...); ``facts``: what identifies base and software, for the log."""
         self.base, self.sampling, self.facts = base, sampling, facts
         self.load_seconds: dict[str, float] = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.evaluation.comparison import KIND, NAMES, SCHEMA_VERSION
 from common.evaluation.gates import bound_text, format_value
-from common.evaluation.generations import Item, Source
+from common.evaluation.generations import Item, OutputSource
 from common.evaluation.metrics import GRAMMAR, kind
 from common.evaluation.report_page import write_report_page
 from common.evaluation.scoring import advisor_terms
@@ -14,7 +14,7 @@ from common.files import sha256_file, write_json, write_jsonl
 from common.records import software_versions
 
 
-def assemble(evaluation: Evaluation, source: Source, items: list[Item], rows: list[dict], seconds: float) -> dict:
+def assemble(evaluation: Evaluation, source: OutputSource, items: list[Item], rows: list[dict], seconds: float) -> dict:
     """Return the report's content, except what is computed from it (see `common.evaluation.comparison.decided`)."""
     prompts: dict[str, dict] = {}
     names = {prompt: f"prompt-{n}" for n, prompt in enumerate(dict.fromkeys(i.example.prompt for i in items), 1)}
@@ -114,7 +114,7 @@ def _outputs(rows: list[dict], arm: str) -> list[dict]:
     return [{name: row[name] for name in fields if name in row} for row in ordered]
 
 
-def _arm(arm: str, evaluation: Evaluation, source: Source) -> dict:
+def _arm(arm: str, evaluation: Evaluation, source: OutputSource) -> dict:
     adapter = arm.removesuffix(GRAMMAR)
     folder = evaluation.adapters.get(adapter)
     return {

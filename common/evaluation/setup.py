@@ -10,7 +10,7 @@ import numpy as np
 from common.dataset import load_examples, read_meta
 from common.errors import UserError, refuse
 from common.evaluation.generations import Item
-from common.evaluation.model_source import ModelSource, Sampling
+from common.evaluation.model_source import Decoding, ModelSource
 from common.evaluation.scoring import reference_scores
 from common.files import find_input, sha256_file
 from common.records import software_versions
@@ -28,7 +28,7 @@ LONGEST = 2048  # tokens; the longest real analyses have some 1,300
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """What the command line says; None where it says nothing."""
 
     lora_path: Path  # adapter folder, the candidate
@@ -57,7 +57,7 @@ class Options:
 class Evaluation:
     """What is evaluated, with everything filled in that the command line left open."""
 
-    options: Options
+    options: EvaluationOptions
     training: dict  # the candidate's training_args.json, {} where there is none
     advisor: str | None
     base_model: str
@@ -69,12 +69,12 @@ class Evaluation:
 
     def settings(self) -> dict:
         """Return the settings as they are printed and recorded."""
-        given = {field.name: getattr(self.options, field.name) for field in fields(Options)}
+        given = {field.name: getattr(self.options, field.name) for field in fields(EvaluationOptions)}
         resolved = {name: getattr(self, name) for name in ("base_model", "val_data", "max_image_size")}
         return given | resolved | {"deployed": str(self.adapters.get("deployed", "none"))}
 
 
-def resolve(options: Options) -> Evaluation:
+def resolve(options: EvaluationOptions) -> Evaluation:
     """Fill in what was not given on the command line; UserError for a folder without an adapter."""
     folder, warnings = options.lora_path, []
     training = _training_args(folder)
@@ -190,7 +190,7 @@ def load_models(evaluation: Evaluation, items: list[Item]) -> ModelSource:
             )
     refuse(problems)
     options = evaluation.options
-    sampling = Sampling(
+    sampling = Decoding(
         _max_tokens(options.max_tokens, base, items),
         options.batch_size,
         options.temperature,
@@ -246,7 +246,7 @@ def _trained_photos(folder: Path) -> set[str]:
     return set((versions.training_args(folder).get("train_data") or {}).get("photos") or ())
 
 
-def _deployed(options: Options, advisor: str | None, warnings: list[str]) -> Path | None:
+def _deployed(options: EvaluationOptions, advisor: str | None, warnings: list[str]) -> Path | None:
     """Return the folder of the adapter in use, None when there is none or it is the candidate itself."""
     if options.deployed == "none":
         return None

@@ -47,7 +47,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Task:
+class Trial:
     """What all models are asked, and with which base."""
 
     models: tuple[Model, ...]
@@ -59,7 +59,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelAnswer:
     """What one model said about one photograph."""
 
     model: Model
@@ -86,7 +86,7 @@ class Answer:
 def make_task(
     lora_path: Path | None, advisor: str | None, versions: str | None, base_model: str | None, val_data: str | None,
     max_tokens: str,
-) -> Task:  # fmt: skip
+) -> Trial:  # fmt: skip
     """Find the models, their base and their prompt.
 
     ``lora_path``: an adapter folder, or the folder of all adapters (models), in which the one in use is taken, else
@@ -117,7 +117,7 @@ def make_task(
     specification = None
     with contextlib.suppress(UnreadablePrompt):
         specification = read_specification(prompt)
-    return Task(tuple(models), base, prompt, specification, size, longest)
+    return Trial(tuple(models), base, prompt, specification, size, longest)
 
 
 def _version(folder: Path) -> str:
@@ -157,7 +157,7 @@ def _prompt(folder: Path, args: dict, val_data: str | None) -> str:
 # -- answering --------------------------------------------------------------------------------------------------------
 
 
-def try_photos(photos: list[Path], task: Task, page: Path) -> None:
+def try_photos(photos: list[Path], task: Trial, page: Path) -> None:
     """Let every model answer to every photograph; show the answers while they are written, and write the page."""
     problems = []
     for photo in photos:
@@ -178,11 +178,11 @@ def try_photos(photos: list[Path], task: Task, page: Path) -> None:
     next_step(f"\nOpen {page}: the photograph, every score and the whole text of each answer", _following(task))
 
 
-def _following(task: Task) -> str:
+def _following(task: Trial) -> str:
     return f"python evaluate_lora.py --lora_path {task.models[-1].folder}"
 
 
-def load_answering(task: Task) -> Callable[[Model, Path], Iterator[str]]:
+def load_answering(task: Trial) -> Callable[[Model, Path], Iterator[str]]:
     """Load base and adapters; return a function that yields a model's answer to a photograph piece by piece.
 
     UserError when the base is not the one that an adapter was trained on.
@@ -222,17 +222,17 @@ def load_answering(task: Task) -> Callable[[Model, Path], Iterator[str]]:
     return answer
 
 
-def judged(model: Model, text: str, seconds: float, specification: PromptSpecification | None) -> Answer:
+def judged(model: Model, text: str, seconds: float, specification: PromptSpecification | None) -> ModelAnswer:
     """Read one answer as the service does."""
     problems = specification.check(text) if specification else []
     highest = (specification or PromptSpecification()).score_range[1]
-    return Answer(model, text, seconds, parse_lenient(text, highest=highest)[0], problems[0] if problems else "")
+    return ModelAnswer(model, text, seconds, parse_lenient(text, highest=highest)[0], problems[0] if problems else "")
 
 
 # -- the terminal -----------------------------------------------------------------------------------------------------
 
 
-def show_live(photo: Path, task: Task, answer: Callable[[Model, Path], Iterator[str]]) -> list[Answer]:
+def show_live(photo: Path, task: Trial, answer: Callable[[Model, Path], Iterator[str]]) -> list[ModelAnswer]:
     """Show the answers in columns while they are written; where there is no terminal, nothing."""
     from rich.console import Console
     from rich.live import Live
@@ -266,7 +266,7 @@ def _columns(photo: Path, texts: dict[str, str], width: int, height: int):
     return grid
 
 
-def show_result(photo: Path, answers: list[Answer]) -> None:
+def show_result(photo: Path, answers: list[ModelAnswer]) -> None:
     """Print scores aligned, then the comments."""
     from rich import box
     from rich.console import Console
@@ -299,7 +299,7 @@ def show_result(photo: Path, answers: list[Answer]) -> None:
             console.print(Text(f"{answer.model.name}: not in the service's format: {answer.problem}"))
 
 
-def _dimensions(answers: list[Answer]) -> list[str]:
+def _dimensions(answers: list[ModelAnswer]) -> list[str]:
     """Return the dimensions that any answer scores, in the order in which they come."""
     return list(dict.fromkeys(name for answer in answers for name in answer.scores))
 

@@ -35,7 +35,7 @@ def size(count: float) -> str:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """What of model and adapter decides the memory."""
 
     layers: int
@@ -55,13 +55,13 @@ class Shape:
     attention: str
 
 
-def shape_of(model: nn.Module, rank: int, backend: str) -> Shape:
+def shape_of(model: nn.Module, rank: int, backend: str) -> ModelShape:
     """Read the shape from a loaded model; the adapter need not be attached yet."""
     text = model.language_model.args
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     dtype = model.language_model.model.norm.weight.dtype
     arrays = [a for name, a in tree_flatten(model.parameters()) if not name.endswith(("lora_a", "lora_b"))]
-    return Shape(
+    return ModelShape(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         heads=text.num_attention_heads,
@@ -111,7 +111,7 @@ class Plan:
         return f"{size(self.total)} ({', '.join(f'{name} {size(part)}' for name, part in self.parts.items())})"
 
 
-def estimate(shape: Shape, layout: Layout, targets: int) -> Plan:
+def estimate(shape: ModelShape, layout: Layout, targets: int) -> Plan:
     """Estimate the peak of a step of ``layout``; ``targets``: supervised tokens in each of its rows, at most."""
     rows, micro = round_up(layout.max_length, layout.multiple), layout.micro
     tokens, supervised = micro * rows, round_up(micro * targets, layout.multiple)
@@ -145,7 +145,7 @@ def estimate(shape: Shape, layout: Layout, targets: int) -> Plan:
 class Planner:
     """Finds the layout with which the rows of a run fit its device, given what the user fixed."""
 
-    shape: Shape
+    shape: ModelShape
     device: Device
     lengths: list[int]  # tokens of each row
     targets: list[int]  # of them, those that the loss counts

@@ -8,7 +8,7 @@ import mlx.core as mx
 from common.model.step import collate, pack_lora, packed_loss_and_grads, round_up
 from common.training.data_loader import steps_per_epoch
 from common.training.log import clock
-from common.training.memory import GB, PAD_MULTIPLE, Layout, Planner, Shape, estimate, size
+from common.training.memory import GB, PAD_MULTIPLE, Layout, ModelShape, Planner, estimate, size
 from common.training.options import AUTO, TrainingOptions
 from common.training.rows import Prepared
 from integration.lora_patch.memory import Device
@@ -16,7 +16,7 @@ from integration.lora_patch.vlm import Base
 
 
 def choose_layout(
-    options: TrainingOptions, shape: Shape, device: Device, train: Prepared, val: Prepared | None
+    options: TrainingOptions, shape: ModelShape, device: Device, train: Prepared, val: Prepared | None
 ) -> Layout:
     """Choose micro-batch, checkpointing, padding and the longest example, so that the run fits; say what and why.
 
@@ -48,7 +48,7 @@ def choose_layout(
     return layout
 
 
-def limit_cache(options: TrainingOptions, shape: Shape, device: Device, layout: Layout, targets: int) -> None:
+def limit_cache(options: TrainingOptions, shape: ModelShape, device: Device, layout: Layout, targets: int) -> None:
     """Bound the freed buffers that MLX keeps: on a Mac they count against the same memory as everything else."""
     if device.backend == "metal":
         # so that macOS does not page the weights out between steps

@@ -13,21 +13,21 @@ from .names import mlx_module
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseFiles:
     """The served model as its files describe it, before it is loaded."""
 
     fingerprint: dict
     linear: dict  # module name -> (inputs, outputs)
 
 
-def read_base(name: str) -> Base | None:
+def read_base(name: str) -> BaseFiles | None:
     """Describe a model folder or a hub model in the local cache; None when it is not here."""
     try:
         folder = model_folder(name, download=False)
     except LoraError:
         return None
     try:
-        return Base(base_fingerprint(folder, name), _linear_layers(folder))
+        return BaseFiles(base_fingerprint(folder, name), _linear_layers(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise LoraError(f"{name}: {one_line(error)}") from error
 
@@ -54,7 +54,7 @@ def _linear_layers(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def check_base(adapter: Adapter, served: Base | None) -> list[str]:
+def check_base(adapter: Adapter, served: BaseFiles | None) -> list[str]:
     """Return warnings of using the adapter on the served base; LoraError, naming both, when it is another model."""
     if served is not None:
         if adapter.trained_on is not None:

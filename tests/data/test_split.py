@@ -5,7 +5,7 @@ import random
 import pytest
 
 from common.data.near_duplicates import thumb_of
-from common.data.split import Record, assign, settle
+from common.data.split import SplitRecord, assign, settle
 from common.errors import UserError
 from common.files import write_json
 from tests.mondrian_case import picture
@@ -78,11 +78,11 @@ def test_train_gives_way_where_known_photographs_are_near():
 
 def test_the_record_comes_back_and_damage_is_told(tmp_path):
     thumb = thumb_of(picture(1))
-    record = Record(42, 0.2, {"b": "val", "a": "train", "gone": "val"}, {"a": thumb, "b": thumb})
+    record = SplitRecord(42, 0.2, {"b": "val", "a": "train", "gone": "val"}, {"a": thumb, "b": thumb})
     path = tmp_path / "split.json"
     write_json(path, record.to_dict())
-    assert Record.read(path) == record
-    assert Record.read(tmp_path / "none.json") is None
+    assert SplitRecord.read(path) == record
+    assert SplitRecord.read(tmp_path / "none.json") is None
     path.write_text('{"photographs": {"a": {"side": "test"}}, "seed": 1, "val_split": 0.2}')
     with pytest.raises(UserError, match="restore it, or split anew with --resplit"):
-        Record.read(path)
+        SplitRecord.read(path)

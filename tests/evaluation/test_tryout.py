@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from common.evaluation import tryout
-from common.evaluation.tryout import Answer, Model, judged, make_task, show_result
+from common.evaluation.tryout import Model, ModelAnswer, judged, make_task, show_result
 from integration.lora_patch.prompts import read_specification
 from tests.evaluation_case import evaluate, make_adapter, make_data
 from tests.sample import scenes
@@ -90,14 +90,14 @@ def test_scores_stand_in_columns_and_a_broken_answer_says_why(capsys):
     score = f"{critique['dimensions'][1]['score']}"
     assert lighting.split()[1:] == [score, score, "-"]
     assert "v2: not in the service's format" in shown and "\x1b" not in shown
-    assert isinstance(answers[0], Answer) and max(map(len, shown.splitlines())) <= 100
+    assert isinstance(answers[0], ModelAnswer) and max(map(len, shown.splitlines())) <= 100
 
 
 def test_on_a_terminal_the_answers_are_shown_while_they_are_written(monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=80, height=20)
     monkeypatch.setattr("rich.console.Console", lambda: terminal)
-    task = tryout.Task((Model("base", None), Model("v1", None)), "base", "prompt", None, 64, 9)
+    task = tryout.Trial((Model("base", None), Model("v1", None)), "base", "prompt", None, 64, 9)
     answers = tryout.show_live(tryout.Path("me.jpg"), task, lambda model, photo: iter([model.name, " says", " this"]))
     assert [answer.text for answer in answers] == ["base says this", "v1 says this"]
     assert "base says this" in screen.getvalue() and "v1 says" in screen.getvalue()

@@ -300,7 +300,7 @@ def test_what_mlx_holds_already_is_part_of_what_the_device_offers(backend, monke
     assert first == second
 
 
-QWEN_4B = memory.Shape(
+QWEN_4B = memory.ModelShape(
     layers=36, hidden=2560, heads=32, kv_heads=8, head_dim=128, intermediate=9728, vocabulary=151_936, itemsize=2,
     quantized=False, weights=8_044_000_000, trainable=33_030_144, rank=16, deepstack=3, attention="fused",
 )  # fmt: skip
