@@ -18,7 +18,7 @@ from pathlib import Path
 from common.errors import UserError, refuse
 from common.evaluation.comparison import read_report, recomputed
 from common.evaluation.gates import DEFAULT_GATES, Gate, bound_text, from_dicts, load_gates
-from common.files import json_line, read_rows, write_json, write_text
+from common.files import jsonl_writer, read_rows, write_atomic, write_json, write_text
 from integration.lora_patch.adapters import read_adapter
 from integration.lora_patch.sources import adapter_in
 from integration.lora_patch.versions import (
@@ -202,7 +202,9 @@ def _put(place: Path, action: str, before: dict | None, record: dict) -> None:
     # the lines so far are kept as they are; as a new file, a crash leaves no half line behind them
     so_far = path.read_text(encoding="utf-8") if path.is_file() else ""
     so_far += "\n" if so_far and not so_far.endswith("\n") else ""
-    write_text(path, so_far + "".join(map(json_line, lines)))
+    with write_atomic(path) as file:
+        file.write(so_far)
+        jsonl_writer(file).write_all(lines)
 
 
 def _history_line(action: str, before: dict | None, record: dict) -> dict:
