@@ -19,6 +19,8 @@ class RunFolder:
 
     def __init__(self, path: Path, keep_checkpoints: int):
         self.path = Path(path)
+        if Path.cwd().is_relative_to(self.path.resolve()):  # --overwrite would rename it, with all that is in it
+            raise UserError(f"{self.path}: is the working folder, or one above it; name a folder of its own")
         self.checkpoints = Checkpoints(self.path / "checkpoints", keep_checkpoints)
         self.lock = None
 
@@ -35,7 +37,10 @@ class RunFolder:
     def holds(self) -> str | None:
         """The name of a file that an adapter, or a model, consists of; None if there is none."""
         names = [name for name in ADAPTER_FILES if (self.path / name).exists()]
-        return next(iter(names + [path.name for path in self.path.glob("*.safetensors")]), None)
+        names += [path.name for path in self.path.glob("*.safetensors")]
+        if not (self.path / ".lock").exists() and (self.path / "config.yaml").exists():  # each run leaves both
+            names.append("config.yaml")
+        return next(iter(names), None)
 
     def find_resumable(self, resume: bool, overwrite: bool) -> tuple[Path, dict] | None:
         """Return (checkpoint, state) to resume, None to train anew; UserError where that would lose an adapter."""
@@ -62,10 +67,10 @@ class RunFolder:
 
         ``fresh``: train anew; what a former run left is renamed. A link stays a link: its target is renamed.
         """
-        line = None
+        line, taken = None, fresh and self.holds  # asked before the lock is there, which each run leaves
         try:
             self._lock()
-            if fresh and (self.holds or self.checkpoints.steps()):
+            if taken or (fresh and self.checkpoints.steps()):
                 real = self.path.resolve()
                 number = 1
                 while (aside := real.with_name(f"{real.name}.replaced-{number}")).exists():

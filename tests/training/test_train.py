@@ -168,6 +168,7 @@ FOREIGN = {
     "an old adapter of PEFT": ("adapter_model.bin",),
     "a model": ("config.json", "model.safetensors"),
     "a card": ("README.md",),
+    "settings": ("config.yaml",),
 }
 
 
@@ -185,6 +186,19 @@ def test_what_another_program_wrote_is_not_overwritten_unasked(kind, data, tiny_
     result = train_here(tiny_base, "--epochs", 1, "--output_dir", "mine", "--overwrite")
     assert result.exit_code == 0 and "the former mine is now mine.replaced-1" in result.output
     assert {Path("mine") / path.name: path.read_bytes() for path in Path("mine.replaced-1").iterdir()} == before
+
+
+@pytest.mark.parametrize("place", [".", "..", "../data"])
+def test_the_working_folder_is_not_trained_into(place, data, tiny_base):
+    """It would be renamed with all that is in it, by --overwrite."""
+    Path("README.md").write_text("of the user's")
+    for more in ((), ("--overwrite",)):
+        result = train_here(tiny_base, "--epochs", 1, "--output_dir", place, *more)
+        assert result.exit_code == 1 and "Traceback" not in result.output
+        assert result.stderr.splitlines()[-1].endswith(
+            "is the working folder, or one above it; name a folder of its own"
+        )
+    assert Path("README.md").read_text() == "of the user's" and not Path("config.yaml").exists()
 
 
 def test_overwriting_through_a_link_leaves_the_link(data, tiny_base):
