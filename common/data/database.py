@@ -155,13 +155,14 @@ class Database:
                 said = True
 
     def _read_columns(self) -> list[str]:
-        columns = [shown(row[1]) for row in self._rows("PRAGMA table_info(jobs)")]
+        columns = [shown(row[1]).lower() for row in self._rows("PRAGMA table_info(jobs)")]  # SQLite ignores their case
         if not columns:
             raise NoMondrianDatabase(f"{self.path}: no table jobs in it; name Mondrian's database with --db_path")
         lacking = [name for name in NEEDED if name not in columns]
         if lacking:
             raise NoMondrianDatabase(
-                f"{self.path}: table jobs lacks the column(s) {', '.join(lacking)}; is it Mondrian's?"
+                f"{self.path}: table jobs lacks the column(s) {', '.join(lacking)}; is it Mondrian's? Where they have "
+                f"other names ({', '.join(columns)[:200]}), make a view called jobs with these"
             )
         return columns
 

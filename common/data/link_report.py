@@ -29,6 +29,7 @@ class Counts:
     photos: set[str] = field(default_factory=set)  # SHA-256
     files: set[str] = field(default_factory=set)  # of analyses
     answered: Counter = field(default_factory=Counter)  # dimensions of answers whose prompt does not tell
+    details: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))  # of jobs not asked for
 
     @property
     def left_out(self) -> int:
@@ -40,6 +41,8 @@ class Counts:
             self.first[first] += 1
             self.any.update({reason for reason, _ in outcome.reasons})
             self.ids[first] += [outcome.job_id] if len(self.ids[first]) < _SHOWN_IDS else []
+            if first in NOT_ASKED_FOR:
+                self.details[first][detail] += 1
             if first == "unknown_dimensions" and (names := re.search(r"answers (.+?): ", detail)):
                 self.answered[names[1]] += 1
             return
@@ -149,7 +152,9 @@ def _table(counts: Counts, names: list[str]) -> str:
 
 
 def _some_ids(counts: Counts, name: str) -> str:
-    if name == "other_advisor":
-        return ""
+    if name in ("status", "mode", "other_advisor"):
+        return ", ".join(
+            f"{detail or '(none)'} {count:,}" for detail, count in counts.details[name].most_common(_SHOWN_IDS)
+        )
     ids = ", ".join(job_id[:8] for job_id in counts.ids[name])
     return ids + (", ..." if counts.first[name] > len(counts.ids[name]) else "")

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.data.html_analysis import html_to_analysis, is_html_analysis
+from common.data.wrappings import answers_in, unwrapped
 from integration.lora_patch.analysis import AnalysisError, canonical, looks_like_analysis
-from integration.lora_patch.json_text import balanced_end, find_objects, is_too_deep, parse_json, strings_in
+from integration.lora_patch.json_text import balanced_end, find_objects, parse_json, strings_in
 from integration.lora_patch.prompts import UnreadablePrompt, read_specification, told_range
 from integration.lora_patch.score_range import USUAL, parse_score_range
 from integration.lora_patch.specification import DIMENSIONS7
@@ -43,7 +44,7 @@ REASONS = {
     "too_large": f"a text of more than {MAX_TEXT:,} characters",
     "reasoning_only": "reasoning without an answer after it",
     "stub": "a few words without an analysis",
-    "no_object": "a text without an analysis in it",
+    "no_object": "a text without an analysis in JSON or HTML",
     "missing_analysis_file": "the stored path of the analysis leads to no file here",
     "no_analysis": "nothing was stored",
 }
@@ -64,7 +65,8 @@ _THOUGHT_ENDS = {
 _HEADING = re.compile(r"^#{1,6}[ \t]+\S.*$", re.M)
 _TURN = re.compile(r"(?:^|\n)(?:<\|im_start\|>)?assistant[ \t]*+:?[ \t]*+\n", re.I)
 _PATH = re.compile(r"[^<>{}\0]{1,1000}\.(?:md|markdown|json|html?|txt)", re.I)
-_ANSWERS = ("response", "output", "content", "text", "html", "analysis")  # keys of llm_outputs under which it stands
+_MAX_WRAPPINGS = 3
+_MEANT = re.compile(r'\{[^"{}]{0,200}"(?:image_description|dim\w*|overall_\w+)"')  # a comment may stand before it
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _STUB = 400  # a text without an object and shorter than this is a stub
 
@@ -214,28 +216,7 @@ def _outputs(text: str, advisor: str) -> Iterator[str | AnalysisError]:
     except (ValueError, RecursionError):
         yield text
         return
-    if isinstance(value, dict) and not looks_like_analysis(value):
-        own = [item for key, item in value.items() if advisor.strip().lower() in key.lower()]
-        if own:
-            value = own[0]
-        elif value and not {"prompt", *_ANSWERS} & value.keys() and all(map(_is_answer, value.values())):
-            names = ", ".join(str(key)[:30] for key in value)
-            yield AnalysisError("wrong_advisor", f"holds the analysis of {names[:80]}, not of {advisor}")
-            return
-    if isinstance(value, dict) and not looks_like_analysis(value):
-        answers = [value[key] for key in _ANSWERS if key in value]
-        value = next((answer for answer in answers if answer), None) if answers or "prompt" in value else value
-    if isinstance(value, str):
-        yield value if value.strip() != "{}" else ""
-    elif value and not is_too_deep(value):
-        yield json.dumps(value, ensure_ascii=False)
-
-
-def _is_answer(value: object) -> bool:
-    """Tell whether an entry of `llm_outputs` is an analysis, and so its key the name of an advisor."""
-    if isinstance(value, str):
-        return is_html_analysis(value) or '"dimensions"' in value or '"dimensional_analysis"' in value
-    return looks_like_analysis(value)
+    yield from answers_in(value, advisor)
 
 
 class AnalysisFiles:
@@ -279,8 +260,11 @@ def as_text(data: bytes) -> str:
 # ------------------------------------------------------------------------------------------------ one text
 
 
-def read_answer(text: str, advisor: str, prompt: str, asked: Asked) -> tuple[dict, list[str], str]:
-    """Return (analysis, mends, "json" or "html") of one stored answer; AnalysisError says what it is instead."""
+def read_answer(text: str, advisor: str, prompt: str, asked: Asked, depth: int = 0) -> tuple[dict, list[str], str]:
+    """Return (analysis, mends, "json" or "html") of one stored answer; AnalysisError says what it is instead.
+
+    ``depth``: how many wrappings the text came out of.
+    """
     if "\0" in text:
         text, nul = text.replace("\0", ""), ["nul_characters"]
     else:
@@ -290,6 +274,11 @@ def read_answer(text: str, advisor: str, prompt: str, asked: Asked) -> tuple[dic
     visible, thought = _without_thoughts(body)
     around = ["text_around"] if echoed or (thought and visible.strip()) else []
     objects = list(find_objects(visible))
+    if depth < _MAX_WRAPPINGS and not any(looks_like_analysis(value) for value, *_ in objects):
+        inner, mend = unwrapped(visible, [value for value, *_ in objects], advisor)
+        if inner:
+            analysis, mends, form = read_answer(inner, advisor, prompt, asked, depth + 1)
+            return analysis, list(dict.fromkeys([*nul, *around, mend, *mends])), form
     if is_html_analysis(visible) and not any(looks_like_analysis(value) for value, *_ in objects):
         try:
             analysis, mends = html_to_analysis(visible, advisor, asked.score_range[1])
@@ -390,8 +379,8 @@ def _diagnosis(text: str, found: list[tuple], echoed: bool, thought: bool) -> An
     quote = plain[:80]
     objects = [value for value, *_ in found]
     meant = re.search(r'\{\s*"', text) is not None
-    if meant and not objects or re.search(r'\{\s*"(?:image_description|dim\w*|overall_\w+)"', text):
-        start = re.search(r'\{\s*"', text).start()
+    if meant and not objects or _MEANT.search(text):
+        start = (_MEANT.search(text) or re.search(r'\{\s*"', text)).start()
         if balanced_end(text, start) is None:
             return AnalysisError("truncated_json", f"cut off after {len(text) - start:,} characters")
         try:

@@ -7,6 +7,7 @@ The canonical keys, in order, are `KEYS`; a dimension's are `DIMENSION_KEYS`. No
 source lacks stays absent. How a prompt wants it written is `specification`'s.
 """
 
+import itertools
 import json
 import re
 from typing import Any
@@ -27,6 +28,9 @@ _NUMBER = re.compile(
     re.I,
 )
 _MAX_NAME = 100  # characters of a dimension's name
+_PLAIN = frozenset((*KEYS, *DIMENSION_KEYS, *sum(SPELLINGS.values(), ()), *sum(DIMENSION_SPELLINGS.values(), ())))
+_KEYS = {squeezed(key): key for key in (*KEYS, *sum(SPELLINGS.values(), ()))}
+_DIMENSION_KEYS = {squeezed(key): key for key in sum(DIMENSION_SPELLINGS.values(), ())}
 _MAX_EXTRA = 8  # levels of what a prompt asks for beyond the canonical keys
 _SCORE = DIMENSION_SPELLINGS["score"]
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -49,7 +53,7 @@ def number(value: Any, highest: float = 10) -> int | float | None:
     ``highest`` is where the range of scores ends: "4/5" is no score out of 10, "85%" one out of 100.
     """
     if isinstance(value, str):
-        match = _NUMBER.fullmatch(value[:100])
+        match = _NUMBER.fullmatch(value[:100].strip("*_ "))  # Markdown's bold
         ends = float(match[2] or (100 if match[3] else highest)) if match else None
         value = float(match[1]) if ends == highest else None
     if not is_number(value):
@@ -69,6 +73,7 @@ def canonical(value: dict, extra: frozenset[str] = frozenset(), highest: float =
     Raises AnalysisError ("no_scores", "misspelt_json", "missing_score") when no dimensions with scores are in it.
     """
     mends: list[str] = []
+    value = _respelled(value, _KEYS, mends)
     listed = _listed_dimensions(value, mends)
     found: dict[str, Any] = {"dimensions": [_dimension(item, extra, highest, mends) for item in listed]}
     found["overall_score"] = number(_first(value, SPELLINGS["overall_score"])[0], highest)
@@ -109,7 +114,21 @@ def looks_like_analysis(value: Any) -> bool:
     """Tell whether a parsed value is meant as an analysis, however bad, rather than some other JSON object."""
     if not isinstance(value, dict):
         return False
-    return any(key in value for key in SPELLINGS["dimensions"]) or len(_flat_dimensions(value)) >= 3
+    keys = {_KEYS.get(squeezed(key)) for key in itertools.islice(value, 100) if len(key) <= _MAX_NAME}
+    return any(key in keys for key in SPELLINGS["dimensions"]) or len(_flat_dimensions(value)) >= 3
+
+
+def _respelled(item: dict, known: dict[str, str], mends: list[str]) -> dict:
+    """Return an object with the keys that are known under their own spelling: ``overallScore`` is overall_score."""
+    if item.keys() <= _PLAIN:
+        return item
+    result: dict = {}
+    for key, value in item.items():
+        spelled = key if key in _PLAIN or len(key) > _MAX_NAME else known.get(squeezed(key), key)
+        if spelled != key and spelled not in item:
+            mends.append("key_names")
+        result.setdefault(spelled if spelled not in item else key, value)
+    return result
 
 
 def _flat_dimensions(value: dict) -> list[dict]:
@@ -144,6 +163,7 @@ def _listed_dimensions(value: dict, mends: list[str]) -> list[dict]:
 
 
 def _dimension(item: dict, extra: frozenset[str], highest: float, mends: list[str]) -> dict:
+    item = _respelled(item, _DIMENSION_KEYS, mends)
     name, name_key = _first(item, DIMENSION_SPELLINGS["name"])
     if not isinstance(name, str) or not name.strip() or len(name) > _MAX_NAME:
         raise AnalysisError("misspelt_json", f"a dimension without a name: {_names(item)}")

@@ -36,7 +36,10 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
         return load_json(text), []
     except json.JSONDecodeError as error:
         original = error
-    for mended, mends in ((text, []), (without_trailing_commas(text), ["trailing_comma"])):
+    bare = _without_comments(text)
+    forms = [(text, []), (without_trailing_commas(text), ["trailing_comma"])]
+    forms += [(without_trailing_commas(bare), ["comments"])] if bare != text else []
+    for mended, mends in forms:
         for strict, more in ((True, []), (False, ["raw_control_characters"])):
             try:
                 return load_json(mended, strict), [*mends, *more]
@@ -95,6 +98,12 @@ def without_trailing_commas(text: str) -> str:
     """Drop commas that stand before a closing bracket, outside strings."""
     parts = _STRINGS.findall(text)
     return "".join(part if part.startswith('"') else re.sub(r",(?=\s*[}\]])", "", part) for part in parts)
+
+
+def _without_comments(text: str) -> str:
+    """Drop ``// ...`` and ``# ...`` up to the end of the line, outside strings."""
+    parts = _STRINGS.findall(text) if "//" in text or "#" in text else [text]
+    return "".join(part if part.startswith('"') else re.sub(r"(?://|#)[^\n]*", "", part) for part in parts)
 
 
 def balanced_end(text: str, start: int, known: dict[int, int | None] | None = None) -> int | None:

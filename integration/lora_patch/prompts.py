@@ -86,7 +86,8 @@ def read_prompts(connection: sqlite3.Connection, advisor: str) -> Prompts:
     """Read the system prompt (``config``, text or BLOB) and the advisor's (``advisors``) from a Mondrian database."""
     return Prompts(
         _text(connection, "SELECT CAST(value AS BLOB) FROM config WHERE key = ?", "system_prompt"),
-        _text(connection, "SELECT CAST(prompt AS BLOB) FROM advisors WHERE id = ?", advisor),
+        _text(connection, "SELECT CAST(prompt AS BLOB) FROM advisors WHERE id = ?", advisor)
+        or _text(connection, "SELECT CAST(prompt AS BLOB) FROM advisors WHERE lower(trim(id)) = ?", advisor.lower()),
     )
 
 

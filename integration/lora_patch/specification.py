@@ -47,10 +47,10 @@ SPELLINGS = {
     "overall_score": ("overall_score", "overall_grade"),
 }
 DIMENSION_SPELLINGS = {
-    "name": ("name", "dimension"),
+    "name": ("name", "dimension", "title"),
     "score": ("score", "grade", "rating"),
     "comment": ("comment", "comments", "feedback"),
-    "recommendation": ("recommendation", "recommendations"),
+    "recommendation": ("recommendation", "recommendations", "suggestion", "suggestions"),
 }
 KINDS = {  # what is said of a value that is not of its kind
     "text": "is not a text, or empty",
@@ -75,7 +75,7 @@ _THINKING = re.compile(r"\s*<(think|thinking)>.*?</\1>\s*", re.S)
 @functools.lru_cache(4096)
 def squeezed(name: str) -> str:
     """Return the letters of a name alone, in one case: what its spellings have in common."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower().replace("colour", "color")
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower().replace("&amp;", "&").replace("colour", "color")
     return "".join(word for word in re.findall(r"[a-z]+", words) if word != "and")
 
 

@@ -28,6 +28,27 @@ def tree(tmp_path: Path) -> Tree:
     return tree
 
 
+def test_columns_and_advisors_in_other_letters(tmp_path: Path):
+    tree = Tree(tmp_path)
+    tree.good(6)
+    for column in ("id", "filename", "advisor", "status", "analysis_markdown"):
+        tree.connection.execute(f"ALTER TABLE jobs RENAME COLUMN {column} TO {column.upper()}")
+    tree.connection.execute("UPDATE jobs SET advisor = 'Ansel'")
+    tree.connection.commit()
+    assert tree.link().exit_code == 0 and len(tree.rows("manifest")) == 6
+    assert tree.prepare().exit_code == 0
+
+
+def test_statuses_that_are_not_asked_for_are_named(tmp_path: Path):
+    tree = Tree(tmp_path)
+    tree.good(3)
+    tree.connection.execute("UPDATE jobs SET status = 'success'")
+    tree.connection.commit()
+    result = tree.link()
+    assert result.exit_code == 1 and "did not end well (see --status): success 3" in " ".join(result.output.split())
+    assert tree.link("--status", "success").exit_code == 0
+
+
 def test_a_manifest_row_is_whole(tree: Tree):
     tree.job("one", "photo.jpg", analysis(1), completed_at="2026-01-02T10:00:00", mode="baseline", prompt=SYSTEM_PROMPT)
     result = tree.link()

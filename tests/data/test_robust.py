@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -59,6 +60,49 @@ def test_no_row_ends_the_run_or_takes_long(tree: Tree):
     assert result.exit_code == 0, result.output
     assert [row["job_id"] for row in tree.rows("manifest")] == ["good"]
     assert tree.reasons() == {name: name.split()[0] for name in ROWS}
+
+
+WHOLE = json.dumps(analysis(1))
+WRAPPED = {
+    "double_encoded": json.dumps(WHOLE),
+    "double_encoded in a frame": f"# Ansel Analysis\n\n## Full Analysis\n```json\n{json.dumps(WHOLE)}\n```",
+    "double_encoded twice": json.dumps(json.dumps(WHOLE)),
+    "double_encoded without quotes": json.dumps(WHOLE)[1:-1],
+    "html_entities": WHOLE.replace('"', "&quot;"),
+    "python_literal": str(analysis(1)),
+    "wrapped": json.dumps({"analysis": analysis(1)}),
+    "wrapped deep": json.dumps({"data": {"result": analysis(1)}}),
+    "wrapped for several": json.dumps({"weston": analysis(2), "ansel": analysis(1)}),
+    "comments": "{ // the answer\n" + WHOLE[1:],
+    "key_names": WHOLE.replace("overall_score", "overallScore").replace('"name"', '"Title"').replace('"dim', '"Dim'),
+    "dimension_names": WHOLE.replace("Focus &", "Focus &amp;"),
+    "score_text": re.sub(r'"score": (\d+)', r'"score": "**\1/10**"', WHOLE),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_answers_that_are_wrapped_in_something(name):
+    job = {"id": "one", "analysis_markdown": WRAPPED[name], "llm_outputs": None, "prompt": ""}
+    found = find_analysis(job, "ansel", AnalysisFiles(None), asked_by((SYSTEM_PROMPT,), None))
+    assert found.analysis == analysis(1) and name.split()[0] in found.mends
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (json.dumps({"weston": analysis(2)}), "wrong_advisor"),
+        (json.dumps({"response": WHOLE[:300]}), "truncated_json"),
+        (json.dumps(WHOLE[:300]), "truncated_json"),
+        ("{ // the answer\n" + WHOLE[1:].replace('"score":', '"score"='), "invalid_json"),
+        (WHOLE.replace('"overall_score": ', '"overall_score": NaN, "x": '), "invalid_json"),
+        ("{'a': " + "[" * 40_000 + "}", "no_object"),
+    ],
+)
+def test_what_is_wrapped_and_no_answer_has_its_own_reason(text, reason):
+    job = {"id": "one", "analysis_markdown": text, "llm_outputs": None, "prompt": ""}
+    with pytest.raises(AnalysisError) as error:
+        find_analysis(job, "ansel", AnalysisFiles(None), asked_by((SYSTEM_PROMPT,), None))
+    assert error.value.reason == reason
 
 
 HOSTILE = {

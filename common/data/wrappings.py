@@ -1,0 +1,99 @@
+"""Answers that are wrapped in something: an object keyed by advisor, JSON inside a JSON string, HTML's entities.
+
+for text in answers_in(parsed, "ansel"): ...
+text, mend = unwrapped(stored, objects_in_it, "ansel")     # ("", "") for what is not wrapped
+"""
+
+import ast
+import html
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from common.data.html_analysis import is_html_analysis
+from integration.lora_patch.analysis import AnalysisError, looks_like_analysis
+from integration.lora_patch.json_text import is_too_deep
+
+# keys under which an answer stands
+_ANSWERS = ("response", "output", "content", "text", "html", "analysis")
+_ANSWERS += ("result", "data", "message", "choices", "answer")
+_STRING = re.compile(r'(?<!\\)"(?:\\+")?\s{0,9}\{\s{0,9}\\+"')  # JSON in a JSON string, with its quotes
+_ESCAPED = re.compile(r'\{\s{0,9}\\+"')  # the same without
+_PYTHON = re.compile(r"\{\s{0,9}'[a-z_]{1,40}'\s{0,9}:")  # what Python prints of a dictionary
+_MAX_PYTHON, _MAX_BRACKETS = 60_000, 500
+
+
+def answers_in(value: Any, advisor: str) -> Iterator[str | AnalysisError]:
+    """Yield the answers in a parsed value: an object keyed by advisor, one with prompt and response, or a bare text."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict) and not looks_like_analysis(value):
+        own = [item for key, item in value.items() if advisor.strip().lower() in key.lower()]
+        if own:
+            value = own[0]
+        elif value and not {"prompt", *_ANSWERS} & value.keys() and all(map(_is_answer, value.values())):
+            names = ", ".join(str(key)[:30] for key in value)
+            yield AnalysisError("wrong_advisor", f"holds the analysis of {names[:80]}, not of {advisor}")
+            return
+    if isinstance(value, dict) and not looks_like_analysis(value):
+        answers = [value[key] for key in _ANSWERS if key in value]
+        value = next((answer for answer in answers if answer), None) if answers or "prompt" in value else value
+    if isinstance(value, str):
+        yield value if value.strip() != "{}" else ""
+    elif value and not is_too_deep(value):
+        yield json.dumps(value, ensure_ascii=False)
+
+
+def _is_answer(value: object) -> bool:
+    """Tell whether an entry of `llm_outputs` is an analysis, and so its key the name of an advisor."""
+    if isinstance(value, str):
+        return is_html_analysis(value) or '"dimensions"' in value or '"dimensional_analysis"' in value
+    return looks_like_analysis(value)
+
+
+def unwrapped(text: str, objects: list[dict], advisor: str) -> tuple[str, str]:
+    """Return (what a text without an analysis object wraps, the mend that this is); ("", "") for what wraps nothing.
+
+    ``objects`` are those found in the text. AnalysisError for the analysis of another advisor.
+    """
+    if inner := _decoded(text):
+        return inner, "double_encoded"
+    if "&quot;" in text and re.search(r"\{\s{0,9}&quot;", text):
+        return html.unescape(text), "html_entities"
+    if (inner := _from_python(text)) is not None:
+        return inner, "python_literal"
+    for value in reversed(objects):
+        found = next(answers_in(value, advisor), "")
+        if isinstance(found, AnalysisError):
+            raise found
+        if ("{" in found or is_html_analysis(found)) and found != json.dumps(value, ensure_ascii=False):
+            return found, "wrapped"
+    return "", ""
+
+
+def _decoded(text: str) -> str:
+    """Return the text of a JSON string that holds JSON, with or without its quotes; "" for none."""
+    decoder = json.JSONDecoder(strict=False)
+    try:
+        if found := _STRING.search(text):
+            value, _ = decoder.raw_decode(text, found.start())
+        elif found := _ESCAPED.search(text):
+            value = decoder.decode(f'"{text[found.start() :].rstrip()}"')
+        else:
+            return ""
+    except ValueError:
+        return ""
+    return value if isinstance(value, str) else ""
+
+
+def _from_python(text: str) -> str | None:
+    """Return as JSON what Python printed of a dictionary; None for anything else."""
+    found = _PYTHON.search(text)
+    piece = text[found.start() : text.rfind("}") + 1] if found else ""
+    if not piece or len(piece) > _MAX_PYTHON or sum(map(piece.count, "[{(")) > _MAX_BRACKETS:
+        return None
+    try:
+        return json.dumps(ast.literal_eval(piece), ensure_ascii=False, allow_nan=False)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
