@@ -161,7 +161,7 @@ $(call escape,$(TRAIN)): $(call escape,$(MANIFEST)) $(call escape,$(DATA)/.prepa
 	$(RUN) prepare_training_data.py --advisor "$(ADVISOR)" --manifest "$(MANIFEST)" --output_dir "$(DATA)" \
 	  --base_model "$(BASE_MODEL)" $(PREPARE_ARGS)
 
-# The trainer refuses to continue with other settings or data, and says which; --overwrite trains anew. It writes the
+# The trainer refuses to continue with other settings or data, and says which; --overwrite trains again. It writes the
 # target itself when it has finished: mlx.launch ends with 0 even when a process was killed.
 $(call escape,$(ADAPTER))/.trained: $(call escape,$(TRAIN)) $(call escape,$(DATA)/.train-$(ADVISOR)-settings)
 	$(LAUNCH) train_mlx_lora.py $(TRAINING) --resume $(TRAIN_ARGS)

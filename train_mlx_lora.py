@@ -90,7 +90,7 @@ COUNT, POSITIVE = click.IntRange(0), click.IntRange(1)
 @option("--log_freq", default=1, type=POSITIVE, help="steps between log lines")
 @option("--report_to", default="none", type=click.Choice(["none", "tensorboard", "wandb"]), help="besides the log")
 @option("--resume", is_flag=True, help="continue from the newest whole checkpoint; from the start if there is none")
-@option("--overwrite", is_flag=True, help="train anew where an adapter is; the old folder is renamed")
+@option("--overwrite", is_flag=True, help="train again in a folder that holds an adapter; it is renamed")
 @option("--plan", is_flag=True, help="print memory, time, adapter size and parameters; train nothing")
 @click.pass_context
 def main(ctx: click.Context, **values) -> None:

@@ -62,9 +62,9 @@ def messages_row(
 
 
 def read_meta(*paths: str | os.PathLike) -> dict | None:
-    """Return what ..._meta.json says of the set that the files ``..._train.jsonl`` and ``..._val.jsonl`` belong to.
+    """Return ..._meta.json of the set that the files ``..._train.jsonl`` and ``..._val.jsonl`` belong to.
 
-    Where they belong to several sets, the first one's; None where no meta.json lies beside them, as with data made by
+    Where they belong to several sets, the first one's; None where no meta.json is beside them, as with data made by
     hand. UserError where a file is not the one that was written with it: a set is taken whole or not at all.
     """
     return [_meta_of(Path(path)) for path in paths][0]

@@ -1,4 +1,4 @@
-"""The language of texts, told by py3langid, offline."""
+"""The language of texts, detected offline by py3langid."""
 
 from integration.lora_patch.analysis import texts_of
 

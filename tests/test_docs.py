@@ -1,6 +1,6 @@
 """The documentation names what exists: options.md is rendered from the commands, README's flags and targets are real.
 
-python -m tests.test_docs        # write docs/options.md anew
+python -m tests.test_docs        # write docs/options.md again
 """
 
 import re
@@ -29,7 +29,11 @@ SCRIPTS = {
 
 def rendered() -> str:
     """Return docs/options.md as the commands themselves tell it."""
-    lines = ["# Options", "", "Every option of every script, as `--help` tells it; hyphens may stand for underscores."]
+    lines = [
+        "# Options",
+        "",
+        "Every option of every script, as `--help` shows it. Hyphens work like underscores.",
+    ]
     for name, command in SCRIPTS.items():
         lines += ["", f"## {name}", "", " ".join(command.help.split("\n\n")[0].split())]
         lines += ["", "| option | meaning | default |", "| --- | --- | --- |"]

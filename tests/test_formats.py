@@ -1,6 +1,6 @@
 """docs/formats.md is rendered from the schemas and from the tables here, and real runs write exactly what it names.
 
-python -m tests.test_formats        # write docs/formats.md anew
+python -m tests.test_formats        # write docs/formats.md again
 """
 
 import json
@@ -69,7 +69,7 @@ RECORDS = (
             "headline": 'the card\'s first line: "Ready: 80 + 20 photographs, no warnings"',
             "left_to_learn": "photographs whose comments, and whose scores, are trained on",
             "findings": "what a person should look at",
-            "warnings": "what stands in the way",
+            "warnings": "what is wrong",
             "gates": "level and findings of each gate",
             "lengths": "tokens of the examples: median, longest, how many are over the limit",
             "sha256": "of each file of the set, by name",

@@ -23,7 +23,7 @@ _NO_PHOTO = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAO
 
 
 def write_card(path: Path, task: Task, arrangement: Arrangement, lengths: Lengths, meta: dict) -> None:
-    """Write the page; ``meta`` is what `meta_of` says of the set."""
+    """Write the page; ``meta``: see `meta_of`."""
     train, val = arrangement.examples("train"), arrangement.examples("val")
     report = link_report(task.manifest.path)
     highest = task.target.specification.score_range[1]

@@ -54,7 +54,7 @@ def find_databases(paths: tuple[str | os.PathLike, ...]) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """Return the Mondrian databases in a folder; other databases are passed over, damaged ones are not."""
+    """Return the Mondrian databases in a folder; other databases are skipped, damaged ones are not."""
     found, problems = [], []
     for file in sorted(folder.glob("*.db")):
         try:
@@ -65,7 +65,7 @@ def _inside(folder: Path) -> list[Path]:
     if not found:
         raise UserError(problems[0] if problems else f"{folder}: no database (*.db) in it; name one with --db_path")
     for problem in problems:
-        click.echo(f"passed over {problem}", err=True)
+        click.echo(f"skipped {problem}", err=True)
     return found
 
 

@@ -145,7 +145,7 @@ def _turn(frame: np.ndarray, way: int) -> np.ndarray:
 def _candidates(crops: np.ndarray, is_outer: np.ndarray, groups: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """Yield (frame, other frame, way to turn the other) of pairs whose descriptors are similar, most similar first.
 
-    ``crops`` is [n, 16, 64]. Pairs of one group are passed over, and pairs of pictures with their borders: those may be
+    ``crops`` is [n, 16, 64]. Pairs of one group are skipped, and pairs of pictures with their borders: those may be
     alike for their borders alone. ``groups`` [n] changes as pairs are joined.
     """
     count, kept = len(crops), np.flatnonzero(_WEIGHTS)

@@ -155,7 +155,7 @@ def _is_text(name: str) -> bool:
         name.encode()
         return True
     except UnicodeEncodeError:
-        click.echo(f"{os.fsencode(name)!r}: the name is no UTF-8 text; passed over", err=True)
+        click.echo(f"{os.fsencode(name)!r}: the name is no UTF-8 text; skipped", err=True)
         return False
 
 

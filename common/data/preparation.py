@@ -107,7 +107,7 @@ class Arrangement(Choice):
 def earlier_sides(paths: dict[str, Path], options: DataOptions) -> tuple[SplitRecord, list[str]]:
     """Return (the record of earlier rounds, empty where none applies; warnings).
 
-    Where the record is gone and the files of a round are there, these tell the sides.
+    Where the record is gone and the files of a round are there, the sides are taken from these.
     """
     warnings = []
     record = None if options.resplit else SplitRecord.read(paths["split"])
@@ -121,7 +121,7 @@ def earlier_sides(paths: dict[str, Path], options: DataOptions) -> tuple[SplitRe
             )
     if record and (record.seed != options.seed or abs(record.val_split - options.val_split) > 1e-9):
         warnings.append(
-            f"the earlier split had seed {record.seed} and val_split {record.val_split:g}: split anew, so that "
+            f"the earlier split had seed {record.seed} and val_split {record.val_split:g}: split again, so that "
             "photographs change sides; do not compare adapters trained on the earlier split with new ones"
         )
         record = None
@@ -129,7 +129,7 @@ def earlier_sides(paths: dict[str, Path], options: DataOptions) -> tuple[SplitRe
 
 
 def _earlier_settings(meta: Path, options: DataOptions) -> tuple[int, float]:
-    """Return (seed, val_split) of the round that meta.json tells of, else today's."""
+    """Return (seed, val_split) of meta.json's round, else today's."""
     value = read_json(meta) if meta.is_file() else {}
     earlier = value.get("options", {}) if isinstance(value, dict) else {}
     try:
@@ -219,7 +219,7 @@ class NoScores(UserError):
 
 
 def check_scores(train: list[Candidate], accepted: bool) -> None:
-    """NoScores where there are comments alone to learn from and nobody has said that this is wanted."""
+    """NoScores where there are only comments to learn from and the user did not ask for that."""
     if not accepted and all(candidate.masked for candidate in train):
         raise NoScores(
             "no scores are left to learn from: every training example carries the scores of its prompt's example; link "

@@ -87,7 +87,7 @@ def _verdicts(arrangement: Arrangement) -> Iterator[dict]:
 
 
 def meta_of(task: Task, arrangement: Arrangement, options: DataOptions, lengths: Lengths, warnings: list[str]) -> dict:
-    """Return what meta.json says of a set, less the SHA-256 of its files."""
+    """Return the content of meta.json for a set, without the SHA-256 of its files."""
     examples, photos = arrangement.examples(), arrangement.photographs()
     return {
         "schema_version": SCHEMA_VERSION,

@@ -117,7 +117,7 @@ def overall_fault(analysis: dict, highest: float) -> str | None:
 
 
 def placeholders_of(prompt: str) -> frozenset[str]:
-    """Return the texts of the example that stands in a prompt."""
+    """Return the texts of the example in a prompt."""
     quoted = re.findall(r'"((?:[^"\\]|\\.){4,400})"', prompt)
     bracketed = re.findall(r"\[[^\[\]\n]{4,300}\]", prompt)
     return frozenset(_plain(text) for text in (*quoted, *bracketed) if " " in text)
@@ -218,7 +218,7 @@ def word_salad(texts: list[str]) -> str | None:
     """Say how texts are strings of words without grammar; None for ordinary prose. Linear in their length.
 
     Two signs: long runs of words without any of English's small words between them, and articles before words that
-    no article stands before, as in shuffled prose.
+    no article precedes, as in shuffled prose.
     """
     total = in_runs = articles = bad = 0
     for piece in re.split(r"[^\w\s'’-]+|\n", " \n ".join(texts).lower()):
@@ -235,9 +235,9 @@ def word_salad(texts: list[str]) -> str | None:
                 runs[-1] += 1
         in_runs += sum(run for run in runs if run >= _LONG_RUN)
     if total and in_runs > _MAX_IN_RUNS * total:
-        return f"{in_runs / total:.0%} of the words stand in runs of {_LONG_RUN} or more without a small word"
+        return f"{in_runs / total:.0%} of the words are in runs of {_LONG_RUN} or more without a small word"
     if articles >= _MIN_ARTICLES and bad > _MAX_BAD_ARTICLES * articles:
-        return f"{bad / articles:.0%} of the articles stand before a word that follows no article"
+        return f"{bad / articles:.0%} of the articles are before a word that follows no article"
     return None
 
 

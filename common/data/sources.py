@@ -3,7 +3,7 @@
     found = find_analysis(job, advisor, files, asked)      # Found, or AnalysisError with one of REASONS
 
 Places are tried in the order of `SOURCES`; the first that holds a usable analysis counts. When none does, the job's
-reason is that of the place that came nearest to one.
+reason is that of the place that came closest.
 """
 
 import functools
@@ -31,7 +31,7 @@ REASONS = {
     "unread": "the reader failed on it, which is a fault of this program; please report the job",
     "score_out_of_range": "a score is not in the range that its prompt asks for (see --score_range)",
     "wrong_dimensions": "dimensions that its prompt asks for are missing, or have other names",
-    "unknown_dimensions": "no prompt of it tells which dimensions it asks for; name them with --dimensions",
+    "unknown_dimensions": "none of its prompts says which dimensions it asks for; name them with --dimensions",
     "missing_score": "a dimension has no score",
     "truncated_json": "JSON cut off before its end",
     "misspelt_json": "JSON with misspelt or missing keys",
@@ -304,7 +304,7 @@ def _read_json(text: str, objects: list[tuple], asked: Asked) -> tuple[dict | No
             failure = failure or error
             continue
         if _signature(analysis) in asked.examples:
-            failure = failure or AnalysisError("prompt_echo", "the example that stands in the prompt")
+            failure = failure or AnalysisError("prompt_echo", "the example in the prompt")
             continue
         around = [] if _is_frame(text[:start], text[end:]) else ["text_around"]
         return analysis, [*around, *mends, *more]

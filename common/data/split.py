@@ -51,7 +51,7 @@ class SplitRecord:
             what = fault(photo, SPLIT_PHOTOGRAPH)
             problem = problem or (what and f"{sha[:16]}: {what}")
         if problem:
-            raise UserError(f"{path}: not a split record ({problem}); restore it, or split anew with --resplit")
+            raise UserError(f"{path}: not a split record ({problem}); restore it, or split again with --resplit")
         sides = {sha: photo["side"] for sha, photo in photos.items()}
         thumbs = {sha: base64.b64decode(photo.get("thumb", "")) for sha, photo in photos.items()}
         thumbs = {sha: thumb for sha, thumb in thumbs.items() if is_thumb(thumb)}  # not those of an earlier version
@@ -73,10 +73,10 @@ class SplitRecord:
 
 
 def recovered(files: dict[str, Path], seed: int, val_split: float) -> SplitRecord | None:
-    """Return the sides that existing ``{"train": path, "val": path}`` files tell of, where their record is gone.
+    """Return the sides in existing ``{"train": path, "val": path}`` files, where their record is gone.
 
     None where there are no such files. The photographs that can still be read get their thumbnails. UserError for
-    files that do not tell which photographs they are of.
+    files that do not name their photographs.
     """
     there = {side: path for side, path in files.items() if path.exists()}
     if not there:
@@ -89,8 +89,8 @@ def recovered(files: dict[str, Path], seed: int, val_split: float) -> SplitRecor
             hashes, images = ([value] if isinstance(value, str) else value for value in (hashes, images))
             if problem or not hashes or len(hashes) != len(images):
                 raise UserError(
-                    f"{path}:{number}: does not tell its photograph, and the split record is gone; restore the record, "
-                    "or split anew with --resplit"
+                    f"{path}:{number}: does not name its photograph, and the split record is gone; restore the record, "
+                    "or split again with --resplit"
                 )
             for sha, image in zip(hashes, images, strict=True):
                 record.sides[sha] = side
@@ -144,7 +144,7 @@ def assign(
         empty = "validation" if "val" not in result else "training"
         raise UserError(
             f"all {len(groups)} photographs are on one side by the split record, which leaves none for {empty}; link "
-            "more jobs, or split anew with --resplit"
+            "more jobs, or split again with --resplit"
         )
     return result
 
@@ -163,7 +163,7 @@ def _drawn(sides: list, strata: list[int], draws: list[str], fraction: float, mi
     }
     scale = missing / (sum(wants.values()) or 1)
     counts = {stratum: min(int(wants[stratum] * scale), len(fresh[stratum])) for stratum in fresh}
-    # what rounding down left over goes to the largest remainders, then to whoever has any
+    # what rounding down left over goes to the largest remainders, then to any that have one
     order = sorted((s for s in fresh if fresh[s]), key=lambda s: (counts[s] - wants[s] * scale, draws[fresh[s][0]]))
     while sum(counts.values()) < missing:
         for stratum in order:

@@ -42,7 +42,7 @@ def explain_prepared(task: Task, choice: Choice, job_id: str) -> None:
     if not wanted:
         raise UserError(
             f"{task.manifest.path}: no linked job whose id begins with {job_id!r}; link_training_data.py --why "
-            f"{job_id} tells of all jobs"
+            f"{job_id} lists all jobs"
         )
     for candidate, row in zip(wanted, task.manifest.read([c.place for c in wanted]), strict=True):
         click.echo(f"\nJob {shown(candidate.job_id)} with the photograph {candidate.image_path}")
@@ -104,7 +104,7 @@ def _lines(linker: Linker, reader, job: dict, database) -> Iterator[str]:
 
 
 def _prepared(manifest: Path, job_id: str) -> Iterator[str]:
-    """Yield what preparation said of the job, from the verdicts that lie beside the manifest."""
+    """Yield what preparation decided about the job, from the verdicts beside the manifest."""
     for path in sorted(manifest.parent.glob("training_data_*_verdicts.jsonl")):
         for _, _, row in RowFile(path).rows() if is_file(path) else ():
             if str(row.get("job_id", "")).lower().startswith(job_id.strip().lower()):

@@ -106,7 +106,7 @@ def load_items(evaluation: Evaluation) -> list[Item]:
     """Read the held-out examples and open every photograph.
 
     UserError, all in one, for photographs that cannot be read and for those that the adapter (or the one in use) was
-    trained on, told by their bytes.
+    trained on, recognised by their bytes.
     """
     meta = read_meta(evaluation.val_data) or {}
     recorded = evaluation.training.get("specification") or meta.get("specification")
@@ -213,9 +213,7 @@ def device_name() -> str:
 
 
 def _specification(recorded: dict | None, prompt: str) -> PromptSpecification | None:
-    """Return what a prompt demands: as it was read when the data were prepared, else as it reads; None: it is not told.
-
-    A record that is damaged counts as none."""
+    """Return what a prompt demands: as recorded with the data (unless damaged), else as read; None if it is silent."""
     with contextlib.suppress(ValueError):
         if recorded:
             return PromptSpecification.from_dict(recorded)

@@ -58,7 +58,7 @@ class RoundOptions:
 
 
 def run_round(options: RoundOptions) -> tuple[str, int]:
-    """Run the phases; return a paragraph that says what came of it, and the exit code (0: promoted).
+    """Run the phases; return a paragraph about the result, and the exit code (0: promoted).
 
     Nothing existing is changed. An interrupted round continues with its version, whether that is half trained or not
     yet judged. UserError when a phase fails.
@@ -116,7 +116,7 @@ def _evaluate(options: RoundOptions, folder: Path, incumbent: Path | None) -> Pa
     given += ["--deployed", str(incumbent or "none"), "--output_report", str(report)]
     given += ["--strict"] if options.rule.strict else []
     for stale in (report, report.with_suffix(".html")):
-        stale.unlink(missing_ok=True)  # of a round that was interrupted: must not stand for this one
+        stale.unlink(missing_ok=True)  # of an interrupted round: it must not be taken for this one's
     _run("4/4 evaluate", "evaluate_lora.py", given, options.eval_args, accept=NOT_PROMOTABLE)
     if not report.is_file():
         raise UserError(f"{report}: evaluation wrote no report; see above, then run the round again")

@@ -43,7 +43,7 @@ class RunFolder:
         return next(iter(names), None)
 
     def find_resumable(self, resume: bool, overwrite: bool) -> tuple[Path, dict] | None:
-        """Return (checkpoint, state) to resume, None to train anew; UserError where that would lose an adapter."""
+        """Return (checkpoint, state) to resume, None to train again; UserError where that would lose an adapter."""
         if overwrite:  # above --resume, which the Makefile always gives
             return None
         if resume and (found := self.checkpoints.newest()):
@@ -52,20 +52,20 @@ class RunFolder:
         if self.finished or (self.holds and not steps):
             what = "a finished adapter" if self.finished else f"files that this run did not write ({self.holds})"
             raise UserError(
-                f"{self.path}: holds {what}; name another --output_dir, or give --overwrite to train anew "
+                f"{self.path}: holds {what}; name another --output_dir, or give --overwrite to train again "
                 "(the old folder is renamed, not deleted)"
             )
         if steps and not resume:
             raise UserError(
                 f"{self.path}: holds an unfinished run (step {steps[0]}); give --resume to continue it, or "
-                "--overwrite to train anew (the old folder is renamed, not deleted)"
+                "--overwrite to train again (the old folder is renamed, not deleted)"
             )
         return None
 
     def claim(self, fresh: bool) -> str | None:
         """Take the folder for this run, just before the first write; return a line on what was renamed, if anything.
 
-        ``fresh``: train anew; what a former run left is renamed. A link stays a link: its target is renamed.
+        ``fresh``: train again; what a former run left is renamed. Of a link the target is renamed.
         """
         line, taken = None, fresh and self.holds  # asked before the lock is there, which each run leaves
         try:
@@ -146,5 +146,5 @@ def refuse_differences(folder: Path, differences: list[str]) -> None:
         raise UserError(
             f"{folder}: cannot resume another run's checkpoint: "
             + "; ".join(differences)
-            + ". Give the same again, or train anew with --overwrite or another --output_dir"
+            + ". Give the same, or train again with --overwrite or another --output_dir"
         )

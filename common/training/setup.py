@@ -1,4 +1,4 @@
-"""What comes before the first step: the folder, the checkpoint, the rows, the layout in memory, the adapter."""
+"""Everything before the first step: the folder, the checkpoint, the rows, the layout in memory, the adapter."""
 
 import contextlib
 import json
@@ -146,6 +146,6 @@ def device_errors(watchdog: Watchdog) -> Iterator[None]:
         reason = (str(error) or "MemoryError").splitlines()[0]
         raise UserError(
             f"the device ran out of memory ({reason}); continue from the last checkpoint with --resume "
-            "--grad_checkpointing on --micro_batch_size 1, or train anew (--overwrite) with a smaller --max_seq_length "
-            "or --max_image_size; --plan shows what is needed"
+            "--grad_checkpointing on --micro_batch_size 1, or train again (--overwrite) with a smaller "
+            "--max_seq_length or --max_image_size; --plan shows what is needed"
         ) from error

@@ -67,7 +67,7 @@ class StopRequest:
         self.ending = True
 
     def reader_left(self, stream: IO) -> None:
-        """Write no more to a stream that nobody reads, and ask to stop."""
+        """Stop writing to a stream that nobody reads, and request a stop."""
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
         self.signal = self.signal or signal.SIGHUP

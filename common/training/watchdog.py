@@ -130,7 +130,7 @@ class Watchdog:
         os._exit(1)  # the main thread is in MLX and does not come back
 
     def _lost(self) -> tuple[Peer | None, str]:
-        """Return the process that is lost, and how; None where it cannot be told."""
+        """Return the process that is lost, and how; None where that is not known."""
         reasons = ((peer, peer.exchange(time.monotonic())) for peer in self.peers)
         return next(((peer, reason) for peer, reason in reasons if reason), (None, ""))
 

@@ -271,7 +271,7 @@ class Answering:
             self.conclude(job)
 
     def conclude_all(self, scope: Scope | None) -> None:
-        """Conclude the jobs of a request; recorded again at its end, since the service may write the row anew."""
+        """Conclude the jobs of a request; recorded again at its end, since the service may write the row again."""
         for job in scope.jobs if scope is not None else ():
             if job.done:
                 self.conclude(job)

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser | None = None) -> argparse.Arg
         type=_count,
         help="answers of an adapter that its circuit breaker looks at (default: %(default)s)",
     )
-    add("--breaker_bound", type=share, help="share of bad answers above which it goes off (default: %(default)s)")
+    add("--breaker_bound", type=share, help="share of bad answers above which it opens (default: %(default)s)")
     add("--breaker_time_limit", type=float, help="seconds; a slower answer is a bad one (default: --model_timeout)")
     return parser
 

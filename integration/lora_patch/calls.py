@@ -43,7 +43,7 @@ class Call:
             self.photo = None if self.photo_at is None else self.args[self.photo_at]
         self.prepared = self.photo  # until `prepare_photo`
         self.files: list[str] = []
-        self.left = False  # whoever reads the answer has gone
+        self.left = False  # nobody reads the answer any more
         named = next((name for name in PROMPT_NAMES if name in self.kwargs or name in at), None)
         self.prompt_name, self.prompt_at = named, at.get(named)
         prompt = self.kwargs.get(named) if named in self.kwargs else self.args[at[named]] if named else ""
@@ -57,7 +57,7 @@ class Call:
         return module.split(".")[0] == "mlx_vlm" and function.__name__ in ("generate", "stream_generate")
 
     def use_photo(self, photo) -> None:
-        """Put a photograph, as it came or prepared, among the arguments."""
+        """Put a photograph, original or prepared, among the arguments."""
         if self.photo_name in self.kwargs:
             self.kwargs[self.photo_name] = photo
         elif self.photo_at is not None:
@@ -81,7 +81,7 @@ class Call:
     def prepare_photo(self, max_image_size: int) -> None:
         """Fill `prepared` with the photograph as training sees it.
 
-        mlx-vlm's functions get pictures; a function of the service's gets it in the form in which it came.
+        mlx-vlm's functions get pictures; a function of the service gets it in its original form.
         """
         from .photo import PhotoError  # Pillow: slow to import
 

@@ -258,7 +258,7 @@ class DecodeKernel:
         return packed
 
     def table(self, layers: list[dict]) -> mx.array:
-        """Return the addresses of all matrices of ``layers``, looked up anew: memory that the host reads may move."""
+        """Return the addresses of all matrices of ``layers``, looked up again: memory that the host reads may move."""
         # stored [outputs, inputs]; the layers hold transposed views of that
         if self.unpacked is None:
             arrays = [layer[group][0][0] for layer in layers for group in GROUPS]

@@ -4,7 +4,7 @@
     for token in engine.stream(Request(row, "photograph"), 1024, adapter): ...
     for answer in engine.generate(requests, batch_size=8, max_tokens=1024, adapter=adapter): ...
 
-mlx-vlm's own generation runs the vision tower anew in every call and pads the prompts of a batch to one length; here a
+mlx-vlm's own generation runs the vision tower again in every call and pads the prompts of a batch to one length; here a
 prompt is prefilled on its own from features computed once (`vlm.prepare_row`), and rows join and leave the running
 batch one by one: a finished row costs no further step, and its place goes to the next prompt. Each row's tokens depend
 on the row alone, up to the rounding of a product of several rows (the same in float32 as far as a greedy choice can

@@ -1,4 +1,4 @@
-"""Files that come from elsewhere, read with bounds; files of ours, replaced as a whole."""
+"""Reading foreign files with bounds, and replacing our own as a whole."""
 
 import json
 import os

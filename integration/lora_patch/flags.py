@@ -33,7 +33,7 @@ class Flags:
 
 
 NAMES = tuple(f"--{one.name}" for one in fields(Flags) if one.name != "service")
-flags = Flags()  # filled while the service parses its command line, whoever parses and wherever
+flags = Flags()  # filled while the service parses its command line
 
 
 def share(text: str) -> float:

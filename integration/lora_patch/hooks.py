@@ -128,7 +128,7 @@ def carry(function):
             try:
                 return function(*args, **kwargs)
             finally:
-                if is_outermost and (scope is None or not scope.is_open):  # else who waits for the thread does it
+                if is_outermost and (scope is None or not scope.is_open):  # else the waiting thread does it
                     service.conclude_all(scope)
 
         return context.copy().run(call)

@@ -51,7 +51,7 @@ def parse_json(text: str) -> tuple[Any, list[str]]:
 def load_json(text: str, strict: bool = True) -> Any:
     """Return a JSON value; ValueError, a JSONDecodeError where there is a position, also for NaN and endless nesting.
 
-    ``strict`` False lets control characters stand in strings.
+    ``strict`` False allows control characters in strings.
     """
     try:
         value = json.loads(text, parse_constant=_refuse_constant, strict=strict)
@@ -95,7 +95,7 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def without_trailing_commas(text: str) -> str:
-    """Drop commas that stand before a closing bracket, outside strings."""
+    """Drop commas before a closing bracket, outside strings."""
     parts = _STRINGS.findall(text)
     return "".join(part if part.startswith('"') else re.sub(r",(?=\s*[}\]])", "", part) for part in parts)
 
@@ -126,7 +126,7 @@ def balanced_end(text: str, start: int, known: dict[int, int | None] | None = No
 
 
 def find_objects(text: str) -> Iterator[tuple[dict, list[str], int, int]]:
-    """Yield (object, mends, start, end) for each JSON object that stands in a text, outermost ones first to last."""
+    """Yield (object, mends, start, end) for each JSON object in a text, outermost ones first to last."""
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
     ends: dict[int, int | None] = {}
     at, tries, scanned = text.find("{"), 0, 0

@@ -1,4 +1,4 @@
-"""Messages of ours in the service's log."""
+"""Our messages in the service's log."""
 
 import logging
 import sys

@@ -45,7 +45,7 @@ class Wanted:
 
 
 class OwnGeneration:
-    """The engine over the model that the service has loaded. ``lock``: one generation at a time, whoever's it is."""
+    """The engine over the model that the service has loaded. ``lock``: one generation at a time, also by mlx-vlm."""
 
     def __init__(self):
         self.lock = threading.Lock()  # mlx-vlm keeps state in the model, and the engine answers one by one

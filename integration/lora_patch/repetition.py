@@ -1,4 +1,4 @@
-"""Whether an output has run into a repetition loop: told from its last tokens, or from the text itself."""
+"""Whether an output has run into a repetition loop: judged by its last tokens, or by the text itself."""
 
 import re
 import zlib

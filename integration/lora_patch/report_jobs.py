@@ -32,7 +32,7 @@ class AnsweredJob:
     """A job that an arm answered or failed on."""
 
     arm: str  # one of ARMS, or the mode of an older table
-    recorded: bool  # whether the table names the arm; else it is told by the mode
+    recorded: bool  # whether the table names the arm; else the mode decides
     advisor: str
     version: str | None  # of the adapter
     photograph: str  # equal for jobs of one photograph

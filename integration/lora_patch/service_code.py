@@ -183,7 +183,7 @@ class ServiceCode:
                 for element in target.elts if isinstance(target, ast.Tuple) else []:
                     if isinstance(element, ast.Name) and element.id.replace("_", "").lower() in fields:
                         named = element.id
-        # a field of the request is an advisor's id for sure; of the job's id the view may have made one itself
+        # a request's field surely is the advisor's id; the job's id may be the view's own
         return (read or named) if kind == "advisor" else (named or read)
 
     def is_field(self, value, fields: tuple[str, ...]) -> bool:
@@ -220,7 +220,7 @@ class ServiceCode:
         return self.file.parents[function] is self.file.tree and required == 0
 
     def package(self) -> str | None:
-        """Return the dotted name of the package that the service lies in; None for a script of its own."""
+        """Return the dotted name of the package that contains the service; None for a script of its own."""
         parts, folder = [], self.path.resolve().parent
         while (folder / "__init__.py").is_file():
             parts.insert(0, folder.name)

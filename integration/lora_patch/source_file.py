@@ -70,7 +70,7 @@ class SourceFile:
         return self.text[start:end].decode()
 
     def indent(self, node) -> bytes | None:
-        """Return the white space before a node, None when something else stands before it on its line."""
+        """Return the white space before a node, None when something else precedes it on its line."""
         before = self.lines[node.lineno - 1][: node.col_offset]
         return before if not before.strip() else None
 
@@ -83,7 +83,7 @@ class SourceFile:
         return node
 
     def last_name(self, node) -> str:
-        """Return the name that a function is called by, without what stands before it: Flask of flask.Flask."""
+        """Return the name that a function is called by, without its prefix: Flask of flask.Flask."""
         return self.source(node).rsplit(".", 1)[-1]
 
     def function(self, node):

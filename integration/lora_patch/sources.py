@@ -120,7 +120,7 @@ def _from_folder(folder: Path, advisor: str) -> dict[str, Source]:
 
 
 def unpromoted(folder: Path) -> list[str]:
-    """Return whose adapters lie in a folder without a record that says which of their versions is in use.
+    """Return the advisors whose adapters are in a folder without a record of the version in use.
 
     Such a version may have failed its evaluation: it is served only where its own folder is named.
     """

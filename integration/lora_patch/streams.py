@@ -1,4 +1,4 @@
-"""Hand the pieces of an answer to whoever reads them, from a thread of its own: a slow reader holds up nobody."""
+"""Hand the pieces of an answer to its reader, from a separate thread: a slow reader delays nobody else."""
 
 import atexit
 import contextlib

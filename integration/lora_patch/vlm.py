@@ -163,7 +163,7 @@ def _text_tokens(base: Base, text: str) -> tuple[list[int], list[tuple[int, int]
 
 @dataclass
 class Row:
-    """One training row: tokens, and what the frozen vision tower says of its photographs, computed once.
+    """One training row: tokens, and the frozen vision tower's features of its photographs, computed once.
 
     mlx-vlm recomputes the tower every step, and its `cached_image_features` path drops the deepstack features;
     both are kept here.

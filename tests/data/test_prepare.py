@@ -365,7 +365,7 @@ def reencoded(tree: Tree, source: str, name: str, **options) -> str:
 
 
 def photo_groups(tree: Tree) -> list[set[str]]:
-    """Group the photographs of both sides anew, without the program's record."""
+    """Group the photographs of both sides again, without the program's record."""
     rows = [(side, row) for side in ("train", "val") for row in tree.rows(f"ansel_{side}")]
     thumbs = {f"{side} {row['image_path']}": thumb_of(load_photo(row["image_path"], 256)) for side, row in rows}
     return [{name.split()[0] for name in group} for group in group_photos(thumbs)]
@@ -511,7 +511,7 @@ def test_photographs_keep_their_side_in_later_rounds(tree: Tree):
         now = sides_of(tree)
         assert {path: now[path] for path in before} == before
         assert abs(list(now.values()).count("val") - 0.2 * len(now)) <= 1
-        assert "split anew" not in result.stderr
+        assert "split again" not in result.stderr
         before = now
     held = next(path for path, side in before.items() if side == "val")
     tree.job("a copy", reencoded(tree, Path(held).name, "copy.jpg"), analysis(300))
@@ -548,9 +548,9 @@ def test_a_lost_record_is_made_anew_from_the_files_of_the_round(tree: Tree):
     )
     result = tree.prepare()
     assert result.exit_code == 1
-    assert f"{val}:1: does not tell its photograph, and the split record is gone; restore the record" in result.stderr
+    assert f"{val}:1: does not name its photograph, and the split record is gone; restore the record" in result.stderr
     val.write_text(json.dumps({**tree.rows("ansel_train")[0], "image_path": [[1]]}))
-    assert "does not tell its photograph" in tree.prepare().stderr
+    assert "does not name its photograph" in tree.prepare().stderr
 
 
 def test_the_order_of_the_manifest_changes_nothing(tree: Tree):
@@ -670,8 +670,8 @@ def test_an_interrupt_leaves_whole_files(tree: Tree, monkeypatch: pytest.MonkeyP
 def test_another_seed_splits_anew_and_says_so(tree: Tree):
     ready(tree)
     result = ready(tree, "--seed", "7")
-    assert "the earlier split had seed 42 and val_split 0.2: split anew" in " ".join(result.stderr.split())
-    assert "split anew" not in ready(tree, "--seed", "7").stderr
+    assert "the earlier split had seed 42 and val_split 0.2: split again" in " ".join(result.stderr.split())
+    assert "split again" not in ready(tree, "--seed", "7").stderr
     ready(tree, "--seed", "7", "--train_split", "0.5")
     assert tree.meta()["counts"]["val"] == 5
 

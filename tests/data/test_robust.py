@@ -190,7 +190,7 @@ def test_names_that_are_no_text_are_passed_over(tree: Tree):
     for name in (b"/source/\xff/inside.jpg", b"/source/\xfe.jpg", b"/analysis_md/\xfd.md"):
         Path(os.fsdecode(os.fsencode(tree.folder) + name)).write_bytes(photo)
     result = tree.link()
-    assert result.exit_code == 0 and "b'\\xff': the name is no UTF-8 text; passed over" in result.stderr
+    assert result.exit_code == 0 and "b'\\xff': the name is no UTF-8 text; skipped" in result.stderr
     assert tree.reasons() == {"inside": "image_missing"}
 
 

@@ -84,5 +84,5 @@ def test_the_record_comes_back_and_damage_is_told(tmp_path):
     assert SplitRecord.read(path) == record
     assert SplitRecord.read(tmp_path / "none.json") is None
     path.write_text('{"photographs": {"a": {"side": "test"}}, "seed": 1, "val_split": 0.2}')
-    with pytest.raises(UserError, match="restore it, or split anew with --resplit"):
+    with pytest.raises(UserError, match="restore it, or split again with --resplit"):
         SplitRecord.read(path)

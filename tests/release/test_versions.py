@@ -1,4 +1,4 @@
-"""Versions and which is in use: promotion decides from the report anew, rollback goes back, nothing is overwritten."""
+"""Versions and which is in use: promotion decides from the report again, rollback goes back, nothing is overwritten."""
 
 import json
 import os
@@ -444,7 +444,7 @@ def test_list_as_json(work):
 
 
 def rejudged(monkeypatch, verdict: str) -> None:
-    """Have one gate come out with this verdict when promotion judges the report anew."""
+    """Have one gate come out with this verdict when promotion judges the report again."""
 
     def decide(wanted, summary):
         rows = gates.decide(wanted, summary)

@@ -246,7 +246,7 @@ def damaged_jobs(folder: Path, rng: random.Random, index: int, filename: str, cr
 
 
 def write_database(path: Path, jobs: list[dict]) -> None:
-    """Write mondrian.db anew, in WAL mode as the service leaves it."""
+    """Write mondrian.db again, in WAL mode as the service leaves it."""
     for suffix in ("", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     connection = sqlite3.connect(path)

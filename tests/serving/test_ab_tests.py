@@ -207,7 +207,7 @@ def test_a_canary_widens_while_the_guardrails_hold_and_goes_on_after_a_restart(j
     assert canary.split == 0.25
     serve(jobs, canary, 5, 15)
     assert Canary((0.05, 0.25, 0.5), jobs, {"v2"}).split == 0.25
-    assert Canary((0.05, 0.25, 0.5), jobs, {"v3"}).split == 0.05  # another version begins anew
+    assert Canary((0.05, 0.25, 0.5), jobs, {"v3"}).split == 0.05  # another version begins again
     state = canary.state()
     assert state["split"] == 0.25 and state["problem"] is None and state["looked"]
 

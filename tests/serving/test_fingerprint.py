@@ -76,7 +76,7 @@ def test_the_same_numbers_are_the_same_base_in_any_float_type_and_under_either_n
 
 
 def test_a_base_that_mlx_vlm_has_converted_is_the_same(tmp_path, tiny_base):
-    """It renames the tensors, turns the vision tower's convolution, and writes the tokenizer's files anew."""
+    """It renames the tensors, turns the vision tower's convolution, and writes the tokenizer's files again."""
     mlx_vlm.convert(str(tiny_base), str(tmp_path / "mlx"))
     hub, mlx = base_fingerprint(tiny_base, "hub"), base_fingerprint(tmp_path / "mlx", "mlx")
     assert hub["tensors"] == mlx["tensors"] and compare_fingerprints(hub, mlx) == ([], [])
@@ -85,7 +85,7 @@ def test_a_base_that_mlx_vlm_has_converted_is_the_same(tmp_path, tiny_base):
 def change(path, name, at):
     """Change one number of a tensor in a model folder, far behind its first 4 KiB; the file's time is moved on."""
     weights = mx.load(str(path / "model.safetensors"))
-    mx.eval(weights)  # before the file is written anew
+    mx.eval(weights)  # before the file is written again
     values = weights[name].reshape(-1)
     values[at] = values[at] + 1
     weights[name] = values.reshape(weights[name].shape)
