@@ -37,13 +37,12 @@ MARKED_FROM = 0.35  # texts less alike than this are other texts: marking every 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one answer says in one row of a photograph's table."""
+    """What one answer says in one row of a table of answers side by side (parts.html.j2)."""
 
-    arm: str
     score: str = ""
     off: str = ""  # distance from the reference, with its sign
-    texts: list = field(default_factory=list)  # Markup, with words that the reference does not have marked
-    missing: bool = False
+    texts: list = field(default_factory=list)  # text, or Markup with words that the reference does not have marked
+    missing: str = ""  # why the answer says nothing here
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ class Card:
     paths: list[str]
     job: str
     answers: dict[str, dict]  # the first output of each arm, as in the report
-    rows: list[tuple[str, list[Cell]]]  # title, a cell for the reference and for each arm
+    columns: list[tuple[str, str, str]]  # colour, name and note of the reference and of each arm
+    rows: list[tuple[str, list[Cell]]]  # title, a cell a column
     errors: dict[str, float | None]  # mean score error by arm, points
     gain: float  # how much better the candidate's answer is than the base's; see `_gain`
     loss_gain: float | None  # nats per token
@@ -179,6 +179,7 @@ def _card(report: dict, example: dict) -> Card:
     answers = {arm: example["outputs"][arm][0] for arm in report["arms"] if example["outputs"].get(arm)}
     analyses = {REFERENCE: example["reference"] or {}}
     analyses |= {arm: answer["verdict"]["analysis"] or {} for arm, answer in answers.items()}
+    unread = {arm for arm, answer in answers.items() if not answer["verdict"]["lenient"]}
     errors = {arm: _error(answer, example["reference_scores"]) for arm, answer in answers.items()}
     losses = [_loss(example, arm) for arm in ("base", "candidate")]
     loss_gain = None if None in losses else losses[0] - losses[1]
@@ -192,7 +193,8 @@ def _card(report: dict, example: dict) -> Card:
         [photo["path"] for photo in example["photographs"]],
         example["job_id"],
         answers,
-        _rows(analyses, example["dimensions"]),
+        [(arm, NAMES[arm], f"{answers[arm]['tokens']} tokens" if arm in answers else "") for arm in analyses],
+        _rows(analyses, example["dimensions"], unread),
         errors,
         _gain(answers, errors, loss_gain),
         loss_gain,
@@ -217,8 +219,11 @@ def _gain(answers: dict[str, dict], errors: dict[str, float | None], loss_gain: 
     return 10 * (strict[1] - strict[0]) + closer + (loss_gain or 0.0) / 10
 
 
-def _rows(analyses: dict[str, dict], dimensions: list[str]) -> list[tuple[str, list[Cell]]]:
-    """Return the rows of a photograph's table, a cell an answer; what differs from the reference is marked."""
+def _rows(analyses: dict[str, dict], dimensions: list[str], unread: set[str]) -> list[tuple[str, list[Cell]]]:
+    """Return the rows of a photograph's table, a cell an answer; what differs from the reference is marked.
+
+    ``unread``: the arms whose answer is no analysis.
+    """
     listed = {
         arm: {str(item.get("name")): item for item in analysis.get("dimensions") or [] if isinstance(item, dict)}
         for arm, analysis in analyses.items()
@@ -233,37 +238,38 @@ def _rows(analyses: dict[str, dict], dimensions: list[str]) -> list[tuple[str, l
             ],
         )
     ]
-    rows.append(_text_row("Description", analyses, "image_description"))
+    rows.append(_text_row("Description", analyses, "image_description", unread))
     for name in [*dimensions, *dict.fromkeys(extra)]:
         wanted, cells = listed[REFERENCE].get(name, {}), []
         for arm, items in listed.items():
             item = items.get(name, {})
             texts = [_marked(arm, item[key], wanted.get(key)) for key in ("comment", "recommendation") if item.get(key)]
-            cells.append(_scored(arm, item.get("score"), wanted.get("score"), texts, bool(analyses[arm]) and not item))
+            missing = "missing" if analyses[arm] and not item else ""
+            cells.append(_scored(arm, item.get("score"), wanted.get("score"), texts, missing))
         rows.append((name, cells))
     keys = {"Strengths": "key_strengths", "Improvements": "priority_improvements", "Technical notes": "technical_notes"}
     return rows + [_text_row(title, analyses, key) for title, key in keys.items()]
 
 
-def _scored(arm: str, score: object, wanted: object, texts: list | None = None, missing: bool = False) -> Cell:
+def _scored(arm: str, score: object, wanted: object, texts: list | None = None, missing: str = "") -> Cell:
     off = ""
     if arm != REFERENCE and is_number(score) and is_number(wanted) and score != wanted:
         off = f"{score - wanted:+.1f}".removesuffix(".0")
-    return Cell(arm, f"{score:g}" if is_number(score) else "", off, texts or [], missing)
+    return Cell(f"{score:g}" if is_number(score) else "", off, texts or [], missing)
 
 
-def _text_row(title: str, analyses: dict[str, dict], key: str) -> tuple[str, list[Cell]]:
+def _text_row(
+    title: str, analyses: dict[str, dict], key: str, unread: set[str] = frozenset()
+) -> tuple[str, list[Cell]]:
     found = {arm: analysis.get(key) or [] for arm, analysis in analyses.items()}
     found = {arm: value if isinstance(value, list) else [value] for arm, value in found.items()}
     wanted = " ".join(map(str, found[REFERENCE]))
-    return title, [
-        Cell(
-            arm,
-            texts=[_marked(arm, text, wanted) for text in texts],
-            missing=bool(analyses[arm] and wanted) and not texts,
-        )
-        for arm, texts in found.items()
-    ]
+    cells = []
+    for arm, texts in found.items():
+        missing = "missing" if analyses[arm] and wanted and not texts else ""
+        missing = "cannot be read as an analysis" if arm in unread else missing
+        cells.append(Cell(texts=[_marked(arm, text, wanted) for text in texts], missing=missing))
+    return title, cells
 
 
 def _marked(arm: str, text: object, reference: object):

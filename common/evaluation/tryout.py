@@ -17,6 +17,7 @@ from pathlib import Path
 from common.cli import next_step
 from common.dataset import load_examples
 from common.errors import UserError
+from common.evaluation.report_page import Cell
 from common.files import find_input
 from common.pages import embedded, write_page
 from integration.lora_patch.analysis import parse_lenient
@@ -172,14 +173,35 @@ def try_photos(photos: list[Path], task: Trial, page: Path) -> None:
     for photo in photos:
         answers = show_live(photo, task, answer)
         show_result(photo, answers)
-        shown.append({"photo": photo, "picture": embedded(photo, PHOTO_SIDE), "answers": answers})
-    names = [model.name for model in task.models]
-    write_page(page, TEMPLATE, shown=shown, names=names, task=task, dimensions=_dimensions, told=_told)
+        shown.append((photo, answers))
+    write_tryout_page(page, shown, task)
     next_step(f"\nOpen {page}: the photograph, every score and the whole text of each answer", _following(task))
 
 
 def _following(task: Trial) -> str:
     return f"python evaluate_lora.py --lora_path {task.models[-1].folder}"
+
+
+def write_tryout_page(page: Path, shown: list[tuple[Path, list[ModelAnswer]]], task: Trial) -> None:
+    """Write the page: each photograph with the answers of the task's models, in their order."""
+    names = [model.name for model in task.models]
+    colours = [
+        "candidate" if model == task.models[-1] else "deployed" if model.folder else "base" for model in task.models
+    ]
+    rows = [
+        {
+            "photo": photo,
+            "picture": embedded(photo, PHOTO_SIDE),
+            "answers": answers,
+            "comments": [
+                (name, [Cell(texts=[answer.comments.get(name, "-")]) for answer in answers])
+                for name in _dimensions(answers)
+            ],
+        }
+        for photo, answers in shown
+    ]
+    columns = [(colour, name, "") for colour, name in zip(colours, names, strict=True)]
+    write_page(page, TEMPLATE, shown=rows, names=names, columns=columns, task=task, dimensions=_dimensions, told=_told)
 
 
 def load_answering(task: Trial) -> Callable[[Model, Path], Iterator[str]]:
