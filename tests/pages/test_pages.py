@@ -17,9 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from common.evaluation.tryout import TEMPLATE, Model, Trial, _dimensions, _told, judged
+from common.evaluation.tryout import Model, Trial, judged, write_tryout_page
 from common.files import write_jsonl
-from common.pages import embedded, write_page
 from integration.lora_patch.jobs import migrate
 from integration.lora_patch.prompts import read_specification
 from tests.evaluation.test_planted import planted
@@ -91,10 +90,8 @@ def make_try(folder: Path) -> Path:
     specification = read_specification(prompt)
     answers = [judged(models[0], "I like it", 1.0, specification)]
     answers.append(judged(models[1], json.dumps(scenes.critique(scene)), 2.0, specification))
-    shown = [{"photo": photo, "picture": embedded(photo, 1000), "answers": answers}]
     task = Trial(models, "base", prompt, specification, 1024, 2048)
-    names = [model.name for model in models]
-    write_page(folder / "try.html", TEMPLATE, shown=shown, names=names, task=task, dimensions=_dimensions, told=_told)
+    write_tryout_page(folder / "try.html", [(photo, answers)], task)
     return folder / "try.html"
 
 
