@@ -149,10 +149,11 @@ $(call escape,$(DATA)/.prepare-$(ADVISOR)-settings): SETTINGS = $(BASE_MODEL) $(
 $(call escape,$(DATA)/.train-$(ADVISOR)-settings): SETTINGS = $(BASE_MODEL) $(TRAIN_ARGS)
 $(call escape,$(DATA))/.%-settings: FORCE
 	@mkdir -p "$(DATA)"
-	@printf '%s\n' '$(SETTINGS)' | cmp -s - "$@" || printf '%s\n' '$(SETTINGS)' > "$@"
+	@printf '%s\n' '$(subst ','\'',$(SETTINGS))' | cmp -s - "$@" || printf '%s\n' '$(subst ','\'',$(SETTINGS))' > "$@"
 
 # the -wal file is where a running service puts its newest jobs
-$(call escape,$(MANIFEST)): $(call escape,$(DATA)/.link-$(ADVISOR)-settings) $(wildcard $(call escape,$(DB))/*.db $(call escape,$(DB))/*.db-wal $(filter %.db,$(call escape,$(DB)))) | $(READY)
+DATABASES := $(shell ls -d "$(DB)" "$(DB)"-wal "$(DB)"/*.db "$(DB)"/*.db-wal 2>/dev/null | grep -E '[.]db(-wal)?$$' | sed 's/ /\\ /g')
+$(call escape,$(MANIFEST)): $(call escape,$(DATA)/.link-$(ADVISOR)-settings) $(DATABASES) | $(READY)
 	$(RUN) link_training_data.py --advisor "$(ADVISOR)" --db_path "$(DB)" --source_dir "$(MONDRIAN)/source" \
 	  --analysis_dir "$(MONDRIAN)/analysis_md" --output_dir "$(DATA)" \
 	  --output_file "training_data_$(ADVISOR)_manifest.jsonl" $(LINK_ARGS)

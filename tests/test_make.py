@@ -73,6 +73,20 @@ def test_each_phase_runs_once_and_again_when_what_it_reads_changes(place):
     assert make(place, *given, "PREPARE_ARGS=--keep all")[0] == [PREPARE, TRAIN]
 
 
+@pytest.mark.parametrize("name", ["my photographs", "o'brien & (co)"])
+def test_folders_with_spaces_and_signs_in_their_names(name, place):
+    (place / "mondrian").rename(place / name)
+    for database, work in ((f"{name}/mondrian.db", "out put"), (name, f"work of {name}")):
+        given = ("train", f"MONDRIAN={name}", f"DB={database}", f"WORK={work}")
+        assert make(place, *given)[0] == [LINK, PREPARE, TRAIN]
+        assert f"--db_path {database} --source_dir {name}/source" in (place / "log.txt").read_text()
+        assert make(place, *given)[0] == []
+        time.sleep(0.02)
+        (place / name / "mondrian.db-wal").touch()  # where a running service writes
+        assert make(place, *given)[0] == [LINK, PREPARE, TRAIN]
+        (place / name / "mondrian.db-wal").unlink()
+
+
 def test_two_advisors_in_one_work_folder_share_nothing(place):
     make(place, "train", "MONDRIAN=mondrian", "ADVISOR=weston")
     ours = {path: path.stat().st_mtime_ns for path in (place / "training_data").rglob("*") if path.is_file()}
