@@ -126,7 +126,7 @@ class Engine:
         self.kernel_refusal = decode_kernel.refusal(self.model)  # why steps run as plain MLX operations
         self.kernel = None if self.kernel_refusal else DecodeKernel(self.model)
         self.stop = stop_tokens(base)
-        self.pace = Pace()
+        self.paces: dict[tuple[bool, bool, bool], Pace] = {}  # by kind: with adapter, with phrasebook, under a grammar
         self._ready: dict[int, tuple] = {}  # id of an adapter -> a weak reference to it, its layers, how they are held
 
     def text(self, tokens: list[int]) -> str:
@@ -153,16 +153,13 @@ class Engine:
         """
         for slot, _, finish in self._decode(requests, batch_size, max_tokens, sampling, adapter, drafting):
             if finish:
-                self._count(slot, adapter)
                 count = len(slot.tokens)
                 watched = np.concatenate([np.array(part) for part in slot.seen])[:count] if slot.seen else None
                 yield Answer(slot.request.key, slot.request.sample, slot.tokens, finish, watched, slot.passes)
 
     def stream(self, request: Request, max_tokens: int, adapter=None, drafting: bool = True) -> Iterator[int]:
         """Yield one request's greedy tokens as they are verified; the end of turn is not among them."""
-        for slot, tokens, finish in self._decode([request], 1, max_tokens, Sampling(), adapter, drafting):
-            if finish:
-                self._count(slot, adapter)
+        for _, tokens, _ in self._decode([request], 1, max_tokens, Sampling(), adapter, drafting):
             yield from tokens
 
     def warm_up(self, row: Row, adapter=None, logits: bool = False) -> float | None:
@@ -174,7 +171,7 @@ class Engine:
         """
         if self.kernel is None:
             return None
-        pace, self.pace, started = self.pace, Pace(), time.perf_counter()  # what is measured here is no measure
+        paces, self.paces, started = self.paces, {}, time.perf_counter()  # what is measured here is no measure
         try:
             for watched in [(), (0,)][: 1 + logits]:
                 list(self.generate([Request(row, "", watched=watched)], 1, WARM_UP, adapter=adapter))
@@ -182,12 +179,18 @@ class Engine:
             self.kernel, self.kernel_refusal = None, f"it failed: {one_line(error)}"
             self._ready.clear()
         finally:
-            self.pace = pace
+            self.paces = paces
         return time.perf_counter() - started
 
-    def _count(self, slot: _Slot, adapter) -> None:
-        if slot.drafter:
-            self.pace.count("base" if adapter is None else "adapter", len(slot.tokens), slot.passes)
+    def tokens_a_pass(self) -> dict[str, float]:
+        """Return what a pass through the model brought in drafted answers, prefill among them: "base" and "adapter"."""
+        found = {}
+        for arm in (False, True):
+            kinds = [pace for (adapted, _, _), pace in self.paces.items() if adapted == arm and pace.passes]
+            if kinds:
+                passes = sum(pace.passes for pace in kinds)
+                found["adapter" if arm else "base"] = round(sum(pace.tokens for pace in kinds) / passes, 2)
+        return found
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -197,25 +200,29 @@ class Engine:
         batch = self._batch(adapter, min(batch_size, max(1, len(pending))))
         phrasebook = getattr(adapter, "phrasebook", None)
         tokens = None  # the newest of each row, int32 [B], perhaps not computed yet
-        read_at = None
+        read_at = None  # when the last tokens were read, if single steps came of them
         while pending or slots:
             while pending and len(slots) < batch_size:
                 request = pending.popleft()
                 slot = _Slot(request, int(request.row.position_ids.max()) + 1)
                 slot.matcher = request.grammar.matcher() if request.grammar else None
                 if drafting and sampling.temperature <= 0:
-                    slot.drafter = Drafter(self.pace, phrasebook, request.schema, slot.matcher)
+                    kind = adapter is not None, phrasebook is not None, slot.matcher is not None
+                    pace = self.paces.setdefault(kind, Pace())
+                    slot.drafter = Drafter(pace, phrasebook, request.schema, slot.matcher)
                 logits = batch.admit(request.row)
                 token = self._choose(mx.argmax(logits, axis=-1).astype(mx.int32), logits, [slot], sampling)
                 slots.append(slot)
                 tokens = token if tokens is None else mx.concatenate([tokens, token])
                 read_at = None
             drafter = slots[0].drafter if batch.longest_draft(len(slots)) and len(slots) == 1 else None
+            watching = drafter and drafter.resting and drafter.watching
+            verifies = drafter and (drafter.foresees(slots[0].tokens) if watching else not drafter.resting)
             chain, following = [tokens], None
-            if not any(slot.matcher for slot in slots) and not (drafter and not drafter.resting):
+            if not any(slot.matcher for slot in slots) and not verifies:
                 # launched before the tokens are read, so that the accelerator never waits for Python
                 left = max_tokens - max(len(slot.tokens) for slot in slots)
-                for _ in range(max(1, min(batch.ahead, left - 1))):
+                for _ in range(1 if watching else max(1, min(batch.ahead, left - 1))):
                     chain.append(self._step(batch, slots, chain[-1], sampling))
                 following = chain.pop()
                 mx.async_eval(following)
@@ -228,12 +235,12 @@ class Engine:
                         alive.remove(at)
                     yield slot, [] if finish == "stop" else [token], finish
             kept, now = alive, time.perf_counter()
-            if following is not None and drafter:
-                drafter.stepped(len(chain), (now - read_at) / len(chain) if read_at else None)
-            read_at = now if following is not None else None
+            if drafter and (read_at or following is not None):
+                drafter.pace.step(len(chain), (now - read_at) / len(chain) if read_at else None)
+            read_at = None if verifies else now
             if following is None and kept:
                 slots, tokens = _keep(kept, slots, tokens, batch)
-                if drafter and not drafter.resting:
+                if verifies:
                     following, finish, gained = self._drafted(batch, slots[0], max_tokens)
                     yield slots[0], gained, finish
                     kept = [] if finish else [0]
@@ -290,16 +297,21 @@ class Engine:
 
     def _take(self, slot: _Slot, token: int, max_tokens: int) -> str | None:
         """Add a token to a row; return why the row ends, None while it goes on."""
+        finish = None
         if token in self.stop:
-            return "stop"
-        slot.tokens.append(token)
-        if slot.matcher:
-            slot.matcher.consume(token)
-        if len(slot.tokens) >= max_tokens:
-            return "loop" if repeated_tail(slot.tokens) else "length"
-        if len(slot.tokens) % LOOP_CHECK == 0 and repeated_tail(slot.tokens):
-            return "loop"
-        return None
+            finish = "stop"
+        else:
+            slot.tokens.append(token)
+            if slot.matcher:
+                slot.matcher.consume(token)
+            is_last = len(slot.tokens) >= max_tokens
+            if (is_last or len(slot.tokens) % LOOP_CHECK == 0) and repeated_tail(slot.tokens):
+                finish = "loop"
+            elif is_last:
+                finish = "length"
+        if finish and slot.drafter:
+            slot.drafter.pace.count(len(slot.tokens), slot.passes)
+        return finish
 
     def _choose(self, best: mx.array, logits: mx.array, slots: list[_Slot], sampling: Sampling) -> mx.array:
         """Return the next token of each row, int32 [B]; ``best``: the greedy ones, of logits [B, V]."""

@@ -65,15 +65,15 @@ class Grammar:
         )
 
     def matcher(self) -> "Matcher":
-        return Matcher(self._llguidance.LLMatcher(self._tokenizer, self._grammar), self._tokenizer.vocab_size)
+        return Matcher(self._llguidance.LLMatcher(self._tokenizer, self._grammar), self._tokenizer)
 
 
 class Matcher:
     """Where one row stands in the grammar."""
 
-    def __init__(self, matcher, vocabulary: int):
-        self._matcher = matcher
-        self._bits = np.zeros((1, -(-vocabulary // 32)), dtype=np.int32)
+    def __init__(self, matcher, tokenizer):
+        self._matcher, self._tokenizer = matcher, tokenizer
+        self._bits = np.zeros((1, -(-tokenizer.vocab_size // 32)), dtype=np.int32)
 
     def allowed(self, vocabulary: int) -> np.ndarray:
         """Return which tokens may follow, bool [vocabulary]; the end of turn alone once the object is closed."""
@@ -89,8 +89,13 @@ class Matcher:
             raise ValueError(f"the grammar refuses token {token}: {self._matcher.get_error()}")
 
     def forced(self) -> list[int]:
-        """Return the tokens that must follow now, whatever the model says: keys, names, punctuation."""
-        return self._matcher.compute_ff_tokens()
+        """Return the tokens of the text that must follow now, whatever the model says: keys, names, punctuation.
+
+        As the tokenizer cuts that text. llguidance's fast-forward tokens leave out its last token, which what comes
+        after could in theory make a longer one; for a guess it is as good as the others.
+        """
+        text = self._matcher.compute_ff_bytes()
+        return self._tokenizer.tokenize_bytes(text) if text else []
 
     def follows(self, tokens: list[int]) -> bool:
         """Go over ``tokens``; False where the grammar does not allow them: it is then of no more use."""

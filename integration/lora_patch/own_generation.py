@@ -275,7 +275,7 @@ class OwnGeneration:
                 "in_use": self.reason is None,
                 "reason": self.reason,
                 "kernel": self.engine and (self.engine.kernel_refusal or "in use"),
-                "tokens_a_pass": self.engine.pace.tokens_a_pass() if self.engine else {},
+                "tokens_a_pass": self.engine.tokens_a_pass() if self.engine else {},
                 "answered": self.answered,
                 "by_mlx_vlm": dict(self.fallbacks),
                 "constrained": flags.constrained,

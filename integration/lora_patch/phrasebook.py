@@ -20,7 +20,7 @@ from .errors import LoraError, one_line
 
 PHRASEBOOK = "phrasebook.safetensors"
 LARGEST = 1 << 20  # tokens; what goes beyond is left out, the newest responses being kept
-ORDERS = (5, 3, 2, 1)  # lengths of the contexts that are looked up, longest first
+ORDERS = (7, 5, 3, 2, 1)  # lengths of the contexts that are looked up, longest first
 
 
 class Continuations:

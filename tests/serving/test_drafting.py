@@ -8,7 +8,7 @@ import pytest
 
 from integration.lora_patch import phrasebook, vlm
 from integration.lora_patch.adapters import read_adapter
-from integration.lora_patch.drafting import FIRST, PAUSE, WINDOW, Drafter, Pace
+from integration.lora_patch.drafting import FIRST, PAUSE, RETIMED, WINDOW, Drafter, Pace
 from integration.lora_patch.engine import Engine, Request
 from integration.lora_patch.errors import LoraError
 from integration.lora_patch.grammar import Grammar, answer_schema
@@ -53,7 +53,7 @@ def always(monkeypatch):
     """Draft from the first token on, whatever a pass costs."""
     monkeypatch.setattr("integration.lora_patch.drafting.FIRST", 0)
     monkeypatch.setattr(Pace, "length", lambda self, chances: len(chances))
-    monkeypatch.setattr(Drafter, "_judge", lambda self, *rest: None)
+    monkeypatch.setattr(Pace, "judge", lambda self, *rest: None)
 
 
 def text_row(ids) -> vlm.Row:
@@ -108,36 +108,81 @@ def test_an_end_of_turn_within_a_draft_ends_the_answer(engine, adapter, requests
 
 
 def test_drafting_pauses_where_it_does_not_pay_and_in_later_answers_too():
-    pace = Pace(single=1e-9)  # no pass is as fast as that
+    pace = Pace(single=1.0, timed=FIRST)
+
+    def passes(seconds: float) -> bool:
+        """Verify two tokens a pass for as long as it takes to judge; return whether drafting rests then."""
+        pace.judged.clear()
+        for _ in range(WINDOW):
+            assert not Drafter(pace, None, None, None).resting
+            pace.judge(2, seconds)
+        return Drafter(pace, None, None, None).resting
+
+    assert not passes(1.9)
+    assert passes(2.2)
+    pace.step(PAUSE - 1, None)
+    assert Drafter(pace, None, None, None).resting
+    pace.step(1, None)
+    assert passes(2.2)  # it was tried again; for twice as long now
+    pace.step(PAUSE, None)
+    assert Drafter(pace, None, None, None).resting
+    pace.judge(PAUSE, 9.0)  # a pass within a pause, over what the schema forces, is not judged
+    assert not passes(1.9)
+
+
+def test_single_steps_are_timed_at_first_and_now_and_then():
+    pace = Pace()
     drafter = Drafter(pace, None, None, None)
-    drafter.stepped(FIRST, None)
-    assert not drafter.resting
-    for _ in range(WINDOW):
-        drafter.propose([1, 2, 3], 4)
-        drafter.verifying()
-        drafter.taken(2, 0, 0)
-    assert drafter.resting
-    later = Drafter(pace, None, None, None)
-    later.stepped(FIRST, None)
-    assert later.resting
-    with_phrasebook = Drafter(pace, Continuations([[1, 2, 3]]), None, None)
-    with_phrasebook.stepped(FIRST, None)
-    assert not with_phrasebook.resting  # another kind of draft is judged by itself
-    later.stepped(PAUSE, None)
-    assert not later.resting  # it is tried again
-    for _ in range(WINDOW):
-        later.propose([1, 2, 3], 4)
-        later.verifying()
-        later.taken(2, 0, 0)
-    later.stepped(PAUSE, None)
-    assert later.resting  # for twice as long
-    pace.single = 1e9
-    later.stepped(PAUSE, None)
-    for _ in range(WINDOW):
-        later.propose([1, 2, 3], 4)
-        later.verifying()
-        later.taken(2, 0, 0)
-    assert not later.resting  # it pays now
+    pace.step(FIRST, None)  # no time could be told
+    assert drafter.resting and not drafter.watching
+    pace.step(FIRST, 0.5)
+    assert not drafter.resting and pace.single == 0.5
+    pace.count(RETIMED - 1, 400)
+    assert not Drafter(pace, None, None, None).resting
+    pace.count(1, 1)
+    assert Drafter(pace, None, None, None).resting
+    assert (pace.tokens, pace.passes) == (RETIMED, 401)
+
+
+class Forcing:
+    """A schema that forces the last three of every four tokens of an answer."""
+
+    def __init__(self, answer: list[int]):
+        self.answer, self.at = answer, 0
+
+    def matcher(self) -> "Forcing":
+        return Forcing(self.answer)
+
+    def follows(self, tokens: list[int]) -> bool:
+        self.at += len(tokens)
+        return True
+
+    def forced(self) -> list[int]:
+        return self.answer[self.at : -(-self.at // 4) * 4]
+
+
+def test_what_the_schema_forces_is_verified_in_a_pause_too(engine, adapter, requests, plain, monkeypatch):
+    monkeypatch.setattr(Pace, "cost", lambda self, tokens: 1.1 * self.single)
+    for key in ("0", "1", "2"):
+        engine.paces[True, False, False] = pace = Pace(1.0, timed=FIRST, off=10**6)
+        request = Request(requests[int(key)].row, key, schema=Forcing(plain[key]))
+        (answer,) = engine.generate([request], 1, TOKENS, adapter=adapter)
+        assert answer.tokens == plain[key]
+        # of three forced tokens the first is under way when they are foreseen, the answer so far may guess on
+        assert 3 in pace.met and min(pace.met) > 1
+        assert answer.passes < 0.8 * TOKENS
+    engine.paces.clear()
+
+
+def test_answers_under_a_grammar_are_timed_and_drafted_too(engine, requests):
+    """Nothing is launched ahead there, since the next mask depends on the token."""
+    engine.paces.clear()
+    grammar = Grammar(engine.base, answer_schema(DIMENSIONS))
+    for _ in range(2):
+        list(engine.generate([Request(requests[0].row, "0", grammar=grammar)], 1, 40))
+    pace = engine.paces[False, False, True]
+    assert pace.single and pace.met
+    engine.paces.clear()
 
 
 def test_the_first_pass_of_a_width_does_not_count():
@@ -149,7 +194,7 @@ def test_the_first_pass_of_a_width_does_not_count():
 
 def test_a_draft_is_as_long_as_its_chances_are_worth():
     sure, unsure = [[1, 2, 3, 4, 5, 6]], [[1, 2, 3], [1, 2, 4], [1, 2, 5], [1, 2, 6]]
-    pace = Pace(1.0, {1: 1.0, 8: 1.7})  # 0.1 a token
+    pace = Pace(1.0, seconds={1: 1.0, 8: 1.7})  # 0.1 a token
     assert Drafter(pace, Continuations(sure), None, None).propose([1], 8) == [2, 3, 4, 5, 6]
     assert Drafter(pace, Continuations(unsure), None, None).propose([1], 8)[0] == 2
     pace.seconds[8] = 1 + 0.5 * 7  # half a step a token: one chance in four is too little
@@ -164,12 +209,18 @@ def test_a_draft_is_as_long_as_its_chances_are_worth():
 def test_the_schema_is_followed_until_an_answer_leaves_it(engine):
     grammar = Grammar(engine.base, answer_schema(PromptSpecification(DIMENSIONS)))
     encode = lambda text: engine.base.processor.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    drafter, tokens = Drafter(Pace(), None, grammar, None), encode('{"')
-    drafted = drafter.propose(tokens, 16)
-    assert engine.text(tokens + drafted).startswith('{"image_description"'[: len(engine.text(tokens + drafted))])
-    assert drafted
+    pace = Pace(single=1.0, timed=FIRST)
+    drafter, tokens = Drafter(pace, None, grammar, None), encode('{"')
+    assert engine.text(tokens + drafter.propose(tokens, 32)) == '{"image_description":"'
+    assert drafter.watching
+    forced = Drafter(pace, None, Forcing([1, 2, 3, 4, 5, 6, 7, 8]), None)
+    assert forced.foresees([1]) and not forced.foresees([1, 2, 3])  # one token alone is under way already
+    pace.seconds = {width: 99.0 for width in range(1, 33)}
+    assert not Drafter(pace, None, Forcing([1, 2, 3, 4]), None).foresees([1])  # a pass costs too much
+    pace.seconds.clear()
     tokens += encode("scene")
     assert drafter.propose(tokens, 16) == []
+    assert not drafter.watching
 
 
 def test_continuations_prefer_long_contexts_and_frequent_tokens():
