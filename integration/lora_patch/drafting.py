@@ -186,5 +186,5 @@ class Drafter:
 
 
 def _mean(old: float | None, new: float) -> float:
-    """Follow a lower time at once, a higher one slowly: a busy moment is no property of the machine."""
-    return new if old is None or new < old else 0.9 * old + 0.1 * new
+    """Follow what is measured slowly, as the sums of `Pace.judge` do; forget at once a time with a compiler's in it."""
+    return new if old is None or new < old / 2 else 0.9 * old + 0.1 * min(new, 2 * old)
