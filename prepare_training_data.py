@@ -22,16 +22,7 @@ from common.cli import PATH, PhaseCommand, command_line, next_step, option, opti
 from common.data.candidates import choose_advisor, judge_all, open_manifest
 from common.data.card import write_card
 from common.data.near_duplicates import DISTANCE
-from common.data.preparation import (
-    DataOptions,
-    Task,
-    check_scores,
-    choose,
-    earlier_sides,
-    measure,
-    split,
-    warnings_of,
-)
+from common.data.preparation import DataOptions, Task, check_scores, choose, earlier_sides, measure, split, warnings_of
 from common.data.prepared import meta_of, output_paths, write_set
 from common.data.prompt_specification import make_target, service_prompt
 from common.data.quality import GATES, MASKING, read_levels

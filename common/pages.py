@@ -1,7 +1,8 @@
-"""Self-contained HTML pages: photographs inside the page, templates that escape everything."""
+"""Self-contained pages by Jinja templates: photographs inside the page, everything in HTML escaped."""
 
 import base64
 import io
+import json
 from pathlib import Path
 
 from common.files import write_text
@@ -16,14 +17,16 @@ def embedded(path: str | Path, side: int, quality: int = 75) -> str:
 
 
 def write_page(path: Path, template: Path, **values: object) -> None:
-    """Fill a Jinja template and write the page, atomically. A name that the template lacks is an error, not a gap."""
+    """Fill a Jinja template (.html.j2 or .md.j2) and write the page, atomically. A missing value is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(template.parent),
-        autoescape=True,
+        autoescape=template.name.endswith(".html.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
     write_text(path, environment.get_template(template.name).render(**values))

@@ -241,8 +241,5 @@ OUTPUTS = {  # by kind
         "first_token_seconds": Column("positive", "to the first token"),
         "tokens": Column("count", "generated tokens"),
     },
-    "arm": {
-        "arm": Column("name", "as above"),
-        "load_seconds": Column("number", "that loading took"),
-    },
+    "arm": {"arm": Column("name", "as above"), "load_seconds": Column("number", "that loading took")},
 }

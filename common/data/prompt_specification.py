@@ -10,12 +10,7 @@ from pathlib import Path
 from common.data.database import open_database
 from common.data.quality import Target, placeholders_of
 from common.errors import UserError
-from integration.lora_patch.prompts import (
-    DEFAULT_SYSTEM_PROMPT,
-    build_prompt,
-    demands_html,
-    read_specification,
-)
+from integration.lora_patch.prompts import DEFAULT_SYSTEM_PROMPT, build_prompt, demands_html, read_specification
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,7 @@ GATES = {
     "boilerplate": DataGate("warn", "comments that it shares with other dimensions or with several other photographs"),
     "flat_scores": DataGate("warn", "every dimension has the same score"),
     "sections": DataGate(
-        "mask",
-        "lacks strengths, improvements or notes that the prompt asks for; mask: leaving them out is not trained",
+        "mask", "lacks strengths, improvements or notes that the prompt asks for; mask: leaving them out is not trained"
     ),
     "length": DataGate("warn", "a comment or recommendation of over 120 words, where the prompt allows 50"),
     "mends": DataGate("off", "was readable only after mending (--no_mend: reject)"),

@@ -64,12 +64,7 @@ class SplitRecord:
             | ({"thumb": base64.b64encode(self.thumbs[sha]).decode()} if sha in self.thumbs else {})
             for sha in sorted(self.sides)
         }
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "seed": self.seed,
-            "val_split": self.val_split,
-            "photographs": photos,
-        }
+        return {"schema_version": SCHEMA_VERSION, "seed": self.seed, "val_split": self.val_split, "photographs": photos}
 
 
 def recovered(files: dict[str, Path], seed: int, val_split: float) -> SplitRecord | None:

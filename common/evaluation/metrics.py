@@ -143,12 +143,7 @@ def summarise(report: dict) -> Summary:
         if seconds is not None:
             figures[arm]["speed.load_seconds"] = Figure(seconds, 1)
     both = [(*pair, _differences(*(columns[arm] for arm in pair))) for pair in pairs(every)]
-    return Summary(
-        len(photographs),
-        figures,
-        {f"{ours}-{theirs}": found for ours, theirs, found in both},
-        speed.ratios,
-    )
+    return Summary(len(photographs), figures, {f"{ours}-{theirs}": found for ours, theirs, found in both}, speed.ratios)
 
 
 def summarise_speed(timings: list[dict], arms: list[str]) -> Summary:

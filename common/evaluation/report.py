@@ -34,11 +34,7 @@ def assemble(evaluation: Evaluation, source: OutputSource, items: list[Item], ro
         "device": source.facts.get("device"),
         "base": {"name": evaluation.base_model, "fingerprint": source.facts.get("base")},
         "arms": {arm: _arm(arm, evaluation, source) for arm in source.arms},
-        "data": {
-            "path": str(evaluation.val_data),
-            "sha256": sha256_file(evaluation.val_data),
-            "examples": len(items),
-        },
+        "data": {"path": str(evaluation.val_data), "sha256": sha256_file(evaluation.val_data), "examples": len(items)},
         "training_scores": training_scores(evaluation),
         "warnings": evaluation.warnings,
         "prompts": prompts,

@@ -110,8 +110,7 @@ def write_manifest(folder: Path) -> None:
     """Write size and SHA-256 of every file in ``folder``, which makes the folder whole."""
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
     write_json(
-        folder / MANIFEST,
-        {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files},
+        folder / MANIFEST, {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
     )
 
 

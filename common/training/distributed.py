@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -80,6 +81,15 @@ def join_processes() -> Processes:
     backend = "nccl" if "NCCL_HOST_IP" in os.environ else "ring" if "MLX_HOSTFILE" in os.environ else "any"
     group = mx.distributed.init(strict=True, backend=backend)
     return Processes(group.rank(), group.size(), group)
+
+
+def addresses() -> list[str]:
+    """Return the addresses (host:port) in the hostfile of MLX's ring, rank 0's first; [] where there is none."""
+    try:
+        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
+        return [str(address) for host in hosts for address in host]
+    except (KeyError, OSError, ValueError, TypeError):
+        return []
 
 
 def is_peer_lost(error: BaseException) -> bool:

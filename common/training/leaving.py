@@ -1,7 +1,6 @@
 """How an interrupted run ends: with one line on what is saved, the command that resumes it, and the signal's code."""
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -13,7 +12,7 @@ import click
 
 from common.cli import MAKE_VARIABLES
 from common.training.checkpoint import Checkpoints
-from common.training.distributed import Processes
+from common.training.distributed import Processes, addresses
 from common.training.options import TrainingOptions
 from common.training.run import Run
 
@@ -49,9 +48,6 @@ def launcher(processes: Processes) -> list[str]:
     """Return the words that start several processes; [] for one."""
     if processes.world == 1:
         return []
-    try:
-        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
-        local = all(address.startswith("127.") for host in hosts for address in host)
-    except (KeyError, OSError, ValueError, TypeError, AttributeError):
-        local = os.environ.get("NCCL_HOST_IP", "").startswith("127.")
+    hosts = addresses() or [os.environ.get("NCCL_HOST_IP", "")]
+    local = all(address.startswith("127.") for address in hosts)
     return ["mlx.launch", *(["-n", str(processes.world)] if local else ["--hostfile", "HOSTFILE"]), "--"]

@@ -1,11 +1,12 @@
 """The model card (README.md) beside an adapter, in Hugging Face's form; evaluation fills in its last section."""
 
-import json
 from pathlib import Path
 
 from common.files import write_text
+from common.pages import write_page
 
 CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 START, END = "<!-- evaluation:start -->", "<!-- evaluation:end -->"
 LOSSES = (
     ("training, first steps", "train_loss_first"),
@@ -18,17 +19,6 @@ LOSSES = (
 
 def write_card(folder: Path, record: dict) -> None:
     """Write README.md from the ``record`` that also becomes training_args.json."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown
-    )
-    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
     front = {
         "base_model": record["base_model"],
         "library_name": "peft",
@@ -36,8 +26,7 @@ def write_card(folder: Path, record: dict) -> None:
         "tags": ["lora", "mlx", "qwen3_vl", "photography"],
     }
     names = {"folder": folder.name, "base_name": Path(record["base_model"]).name, "start": START, "end": END}
-    template = environment.get_template("model_card.md.jinja")
-    write_text(folder / CARD, template.render(**record, **names, front=front, losses=LOSSES))
+    write_page(folder / CARD, TEMPLATE, **record, **names, front=front, losses=LOSSES)
 
 
 def complete_card(folder: Path, markdown: str) -> None:

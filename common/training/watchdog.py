@@ -21,7 +21,7 @@ from types import TracebackType
 import click
 import mlx.core as mx
 
-from common.training.distributed import Processes
+from common.training.distributed import Processes, addresses
 from common.training.leaving import resume_command
 from common.training.run import Run
 from common.training.signals import StopRequest
@@ -185,6 +185,5 @@ def _address() -> str:
     """Return the address under which the others reach rank 0, as the launcher told them."""
     if "NCCL_HOST_IP" in os.environ:
         return os.environ["NCCL_HOST_IP"]
-    with contextlib.suppress(KeyError, OSError, ValueError, LookupError, AttributeError):
-        return json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())[0][0].rpartition(":")[0]
-    return socket.gethostname()
+    known = addresses()
+    return known[0].rpartition(":")[0] if known else socket.gethostname()

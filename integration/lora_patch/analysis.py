@@ -13,15 +13,7 @@ import re
 from typing import Any
 
 from .json_text import find_objects, is_number, is_too_deep, strings_in
-from .specification import (
-    DIMENSION_KEYS,
-    DIMENSION_SPELLINGS,
-    KEYS,
-    SPELLINGS,
-    STANDARD,
-    canonical_name,
-    squeezed,
-)
+from .specification import DIMENSION_KEYS, DIMENSION_SPELLINGS, KEYS, SPELLINGS, STANDARD, canonical_name, squeezed
 
 _NUMBER = re.compile(
     r"\s*\(?\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*(?:(?:/|out of)\s*(\d{1,4})(?:\.0)?|(%))?\s*(?:points?|stars?)?\s*\)?\s*",

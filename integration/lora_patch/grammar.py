@@ -25,12 +25,7 @@ def answer_schema(specification: PromptSpecification) -> dict:
     }
 
     def closed(properties: dict) -> dict:
-        return {
-            "type": "object",
-            "properties": properties,
-            "required": list(properties),
-            "additionalProperties": False,
-        }
+        return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
     scored = [
         closed(

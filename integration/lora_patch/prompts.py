@@ -160,11 +160,7 @@ def read_specification(
     scores, overall = _example_scores(example, prompt)
     ends = parse_score_range(score_range) if score_range else read_score_range(prompt, scores)
     specification = PromptSpecification(
-        names,
-        example_scores=scores,
-        example_overall=overall,
-        thinking="</think" in prompt,
-        score_range=ends or USUAL,
+        names, example_scores=scores, example_overall=overall, thinking="</think" in prompt, score_range=ends or USUAL
     )
     return _with_fields(specification, example, around) if example else specification
 

@@ -19,14 +19,7 @@ from typing import Any
 from .json_text import is_number, is_too_deep
 from .score_range import USUAL
 
-KEYS = (
-    "image_description",
-    "dimensions",
-    "overall_score",
-    "key_strengths",
-    "priority_improvements",
-    "technical_notes",
-)
+KEYS = ("image_description", "dimensions", "overall_score", "key_strengths", "priority_improvements", "technical_notes")
 DIMENSION_KEYS = ("name", "score", "comment", "recommendation")
 DIMENSIONS8 = (
     "Composition",
