@@ -54,20 +54,29 @@ def _is_range(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and 0 <= value[0] < value[1]
 
 
-def _is_analysis(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("dimensions"), list) or not value["dimensions"]:
-        return False
-    texts = [value.get(key, "") for key in ("image_description", "technical_notes")]
-    names = []
-    for item in value["dimensions"]:
-        if not isinstance(item, dict) or not KINDS["score"][0](item.get("score")):
-            return False
-        texts += [item.get("name"), item.get("comment", ""), item.get("recommendation", "")]
-        names.append(item.get("name"))
-    lists = [value.get(key, []) for key in ("key_strengths", "priority_improvements")]
-    overall = value.get("overall_score", 0)
-    whole = all(isinstance(text, str) for text in texts) and all(map(_texts, lists)) and KINDS["score"][0](overall)
-    return whole and len(set(names)) == len(names)
+def analysis_fault(value: Any) -> str | None:
+    """Say what is wrong with a canonical analysis, None for a sound one."""
+    listed = value.get("dimensions") if isinstance(value, dict) else None
+    if not isinstance(listed, list) or not listed or not all(isinstance(item, dict) for item in listed):
+        return "holds no list of dimensions"
+    parts = [(value, "", {"image_description": "text", "technical_notes": "text", "overall_score": "score"})]
+    parts.append((value, "", dict.fromkeys(("key_strengths", "priority_improvements"), "texts")))
+    for number, item in enumerate(listed, 1):
+        if not isinstance(item.get("name"), str):
+            return f"its dimension {number} has no name"
+        if "score" not in item:
+            return f"{item['name'][:40]} has no score"
+        parts.append((item, f"{item['name'][:40]}'s ", {"score": "score", "comment": "text", "recommendation": "text"}))
+    for holder, whose, kinds in parts:
+        for key, kind in kinds.items():
+            if key in holder and not KINDS[kind][0](holder[key]):
+                return f"{whose}{key} is {_shown(holder[key])}; {KINDS[kind][1]} was expected"
+    twice = [item["name"] for item in listed if sum(item["name"] == other["name"] for other in listed) > 1]
+    return f"{twice[0][:40]} stands there twice" if twice else None
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:40] if not isinstance(value, dict | list) else f"a {type(value).__name__}"
 
 
 # what a kind of field accepts, and how it is called
@@ -101,7 +110,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "finish": (lambda v: v in ("stop", "length", "loop"), '"stop", "length" or "loop"'),
     "spans": (_are_spans, "a list of [start, end], sorted"),
     "turns": (lambda v: isinstance(v, list) and len(v) == 2, "a user's and an assistant's turn"),
-    "analysis": (_is_analysis, "an analysis with scored dimensions"),
+    "analysis": (lambda v: analysis_fault(v) is None, "an analysis with scored dimensions"),
 }
 
 
@@ -125,8 +134,9 @@ def fault(row: Any, schema: dict[str, Column]) -> str | None:
     for name, column in schema.items():
         value = row.get(name)
         if name in row and not (value is None and column.null) and not KINDS[column.kind][0](value):
-            given = json.dumps(value)[:40] if not isinstance(value, dict | list) else f"a {type(value).__name__}"
-            return f"{name} is {given}; {KINDS[column.kind][1]} was expected"
+            if column.kind == "analysis":
+                return f"{name}: {analysis_fault(value)}"
+            return f"{name} is {_shown(value)}; {KINDS[column.kind][1]} was expected"
     return None
 
 

@@ -32,6 +32,8 @@ def service_prompt(advisor: str, databases: list[Path], system_file: Path | None
         raise UserError("the manifest names no database; say where the prompts are with --prompts_db")
     found = []
     for path in places:
+        if not path.exists():
+            raise UserError(f"{path}: no such database; name another with --prompts_db")
         with open_database(path) as database:
             found.append((path, database.prompts(advisor)))
     usable = [(path, prompts) for path, prompts in found if prompts.advisor_prompt]

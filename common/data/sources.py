@@ -165,7 +165,10 @@ def check(analysis: dict, asked: Asked) -> None:
         if asked.unreadable:
             raise AnalysisError("unknown_dimensions", f"answers {', '.join(names)[:400]}: {asked.unreadable}")
         lacking = min(([name for name in wanted if name not in names] for wanted in asked.dimensions), key=len)
-        raise AnalysisError("wrong_dimensions", f"{len(names)} dimensions, without {', '.join(lacking)}"[:160])
+        known = set().union(*asked.dimensions)
+        others = ", ".join(name for name in names if name not in known)
+        there = f"{len(names)} dimensions{f' ({others[:80]})' if others else ''}"
+        raise AnalysisError("wrong_dimensions", f"{there}, without {', '.join(lacking)}"[:240])
     scores = {dimension["name"][:40]: dimension["score"] for dimension in analysis["dimensions"]}
     for name, score in {**scores, "the overall score": analysis.get("overall_score", 0)}.items():
         if not 0 <= score <= asked.score_range[1]:  # a zero is for preparation to judge
@@ -377,7 +380,7 @@ def _diagnosis(text: str, found: list[tuple], echoed: bool, thought: bool) -> An
     """Say what a text is that holds no analysis object."""
     plain = " ".join(html.unescape(re.sub(r"<[^<>]{0,500}>", " ", text)).split())
     quote = plain[:80]
-    objects = [value for value, *_ in found]
+    objects = [value for value, *_ in found if value]  # a style sheet's {} is none
     meant = re.search(r'\{\s*"', text) is not None
     if meant and not objects or _MEANT.search(text):
         start = (_MEANT.search(text) or re.search(r'\{\s*"', text)).start()

@@ -44,7 +44,11 @@ class SplitRecord:
         """Read a split record; None when there is none, UserError for a damaged one."""
         if not path.exists():
             return None
-        value = read_json(path)
+        try:
+            value = read_json(path)
+        except UserError as error:
+            problem = str(error).removesuffix("; make the file again")
+            raise UserError(f"{problem}; restore the split record, or split anew with --resplit") from error
         problem = fault(value, SPLIT_RECORD)
         photos = {} if problem else value["photographs"]
         for sha, photo in photos.items():

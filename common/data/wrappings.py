@@ -20,6 +20,7 @@ _ANSWERS = ("response", "output", "content", "text", "html", "analysis")
 _ANSWERS += ("result", "data", "message", "choices", "answer")
 _STRING = re.compile(r'(?<!\\)"(?:\\+")?\s{0,9}\{\s{0,9}\\+"')  # JSON in a JSON string, with its quotes
 _ESCAPED = re.compile(r'\{\s{0,9}\\+"')  # the same without
+_ENTITIES = re.compile(r"\{\s{0,9}&quot;|&lt;div\b")
 _PYTHON = re.compile(r"\{\s{0,9}'[a-z_]{1,40}'\s{0,9}:")  # what Python prints of a dictionary
 _MAX_PYTHON, _MAX_BRACKETS = 60_000, 500
 
@@ -59,7 +60,7 @@ def unwrapped(text: str, objects: list[dict], advisor: str) -> tuple[str, str]:
     """
     if inner := _decoded(text):
         return inner, "double_encoded"
-    if "&quot;" in text and re.search(r"\{\s{0,9}&quot;", text):
+    if _ENTITIES.search(text) and "<div" not in text:
         return html.unescape(text), "html_entities"
     if (inner := _from_python(text)) is not None:
         return inner, "python_literal"
@@ -67,15 +68,19 @@ def unwrapped(text: str, objects: list[dict], advisor: str) -> tuple[str, str]:
         found = next(answers_in(value, advisor), "")
         if isinstance(found, AnalysisError):
             raise found
-        if ("{" in found or is_html_analysis(found)) and found != json.dumps(value, ensure_ascii=False):
+        if ("{" in found or is_html_analysis(found) or len(value) == 1) and found != json.dumps(
+            value, ensure_ascii=False
+        ):
             return found, "wrapped"
     return "", ""
 
 
 def _decoded(text: str) -> str:
-    """Return the text of a JSON string that holds JSON, with or without its quotes; "" for none."""
-    decoder = json.JSONDecoder(strict=False)
+    """Return the text of a JSON string that holds JSON, with or without its quotes, or a page; "" for none."""
+    decoder, whole = json.JSONDecoder(strict=False), text.strip()
     try:
+        if whole[:1] == '"' and is_html_analysis(whole):
+            return decoder.decode(whole)
         if found := _STRING.search(text):
             value, _ = decoder.raw_decode(text, found.start())
         elif found := _ESCAPED.search(text):

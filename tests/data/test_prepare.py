@@ -691,6 +691,27 @@ def test_too_few_photographs(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------ bad input
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"overall_score": None}, "overall_score is null; a number from 0 to 1000 was expected"),
+        ({"dimensions": [{"name": "Mood"}]}, "Mood has no score"),
+        ({"dimensions": [{"name": "Mood", "score": "8"}]}, 'Mood\'s score is "8"; a number'),
+        ({"dimensions": [{"name": "Mood", "score": 8, "comment": None}]}, "Mood's comment is null; a text"),
+        ({"dimensions": [{"name": "Mood", "score": 8}] * 2}, "Mood stands there twice"),
+        ({"dimensions": []}, "holds no list of dimensions"),
+        ({"key_strengths": "Light"}, 'key_strengths is "Light"; a list of texts'),
+    ],
+)
+def test_a_damaged_analysis_is_told_by_its_field(tree: Tree, change, says):
+    tree.link()
+    path = tree.folder / "out/training_data_manifest.jsonl"
+    lines = path.read_text().splitlines()
+    row = json.loads(lines[1])
+    path.write_text("\n".join([lines[0], json.dumps({**row, "analysis": {**row["analysis"], **change}})]))
+    assert f"{path}:2: analysis: {says}" in tree.prepare().stderr
+
+
 def test_damaged_manifests(tree: Tree):
     tree.link()
     path = tree.folder / "out/training_data_manifest.jsonl"
@@ -706,8 +727,7 @@ def test_damaged_manifests(tree: Tree):
         f"{path}:4: image_path, image_sha256, advisor, image_thumb, analysis missing; link the data again or mend "
         "the row",
         f'{path}:5: mends is "none"; a list of texts was expected; link the data again or mend the row',
-        f"{path}:6: analysis is a dict; an analysis with scored dimensions was expected; link the data again or mend "
-        "the row",
+        f"{path}:6: analysis: its dimension 1 has no name; link the data again or mend the row",
     ]
     path.write_text(json.dumps({**row, "image_thumb": "AAAA"}))
     assert tree.prepare().stderr == f"Error: {path}:1: image_thumb is not of this version; link the data again\n"
@@ -737,7 +757,7 @@ def test_photographs_that_changed_since_linking(tree: Tree):
         (("--advisor", "okeefe"), "no jobs of 'okeefe'; advisors in it: ansel (10)"),
         (("--train_split", "0.8", "--val_split", "0.3"), "--train_split 0.8 and --val_split 0.3 add up to 1.1"),
         (("--manifest", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
-        (("--prompts_db", "nowhere.db"), "nowhere.db: no such database"),
+        (("--prompts_db", "nowhere.db"), "nowhere.db: no such database; name another with --prompts_db"),
         (("--system_prompt", "nowhere.txt"), "nowhere.txt: cannot be read as UTF-8 text"),
     ],
 )

@@ -16,6 +16,7 @@ from PIL import Image
 from common.data import database as database_module
 from common.data.sources import AnalysisFiles, asked_by, find_analysis
 from integration.lora_patch.analysis import AnalysisError
+from integration.lora_patch.specification import DIMENSIONS7
 from tests.data.test_html_analysis import CARDS, card, page
 from tests.mondrian_case import SYSTEM_PROMPT, Tree, analysis
 from tests.serving.test_prompts import SIX, example
@@ -80,6 +81,18 @@ WRAPPED = {
 }
 
 
+PAGE = page("".join(card(name, 7, "It holds.", "Try more.") for name in DIMENSIONS7))
+
+
+@pytest.mark.parametrize(
+    "text", [json.dumps(PAGE), json.dumps({"html": PAGE}), PAGE.replace("<", "&lt;").replace(">", "&gt;")]
+)
+def test_pages_that_are_wrapped_in_something(text):
+    job = {"id": "one", "analysis_markdown": text, "llm_outputs": None, "prompt": ""}
+    found = find_analysis(job, "ansel", AnalysisFiles(None), asked_by((SYSTEM_PROMPT,), None))
+    assert found.form == "html" and [d["score"] for d in found.analysis["dimensions"]] == [7] * 7
+
+
 @pytest.mark.parametrize("name", WRAPPED)
 def test_answers_that_are_wrapped_in_something(name):
     job = {"id": "one", "analysis_markdown": WRAPPED[name], "llm_outputs": None, "prompt": ""}
@@ -95,6 +108,8 @@ def test_answers_that_are_wrapped_in_something(name):
         (json.dumps(WHOLE[:300]), "truncated_json"),
         ("{ // the answer\n" + WHOLE[1:].replace('"score":', '"score"='), "invalid_json"),
         (WHOLE.replace('"overall_score": ', '"overall_score": NaN, "x": '), "invalid_json"),
+        ("<style>.feedback-card{}</style><p>Error: cannot connect to the model</p>", "error_page"),
+        (json.dumps({"html": "<p>Error: cannot connect to the model</p>"}), "error_page"),
         ("{'a': " + "[" * 40_000 + "}", "no_object"),
     ],
 )

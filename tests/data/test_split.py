@@ -86,3 +86,6 @@ def test_the_record_comes_back_and_damage_is_told(tmp_path):
     path.write_text('{"photographs": {"a": {"side": "test"}}, "seed": 1, "val_split": 0.2}')
     with pytest.raises(UserError, match="restore it, or split again with --resplit"):
         SplitRecord.read(path)
+    path.write_text('{"photographs": {"a"')
+    with pytest.raises(UserError, match="not valid JSON.*; restore the split record, or split anew with --resplit"):
+        SplitRecord.read(path)
