@@ -11,6 +11,7 @@ for each other job with the reason, and ..._report.json with the counts. The row
 import common  # noqa: F401 - first: it says "run make setup" where packages are missing
 
 # isort: split
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -84,9 +85,13 @@ def folders(beside: Path, source_dir: Path | None, analysis_dir: Path | None) ->
     if analysis_dir and not analysis_dir.is_dir():
         if analysis_dir != beside / "analysis_md":
             raise UserError(f"{analysis_dir}: no such folder of analyses; name it with --analysis_dir")
-        return source_dir, None
+        analysis_dir = None
     default = beside / "analysis_md"
-    return source_dir, analysis_dir or (default if default.is_dir() else None)
+    analysis_dir = analysis_dir or (default if default.is_dir() else None)
+    for folder in filter(None, (source_dir, analysis_dir)):
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise UserError(f"{folder}: the folder cannot be read (permission denied); allow it")
+    return source_dir, analysis_dir
 
 
 def require_advisor(databases: list[Path], wanted: Wanted) -> None:

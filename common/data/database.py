@@ -127,8 +127,13 @@ class Database:
         # rows in the WAL, and a folder where SQLite cannot make its -shm file: read a copy of both
         self._copy = tempfile.TemporaryDirectory(prefix="mondrian-")
         copy = Path(self._copy.name) / "copy.db"
-        shutil.copyfile(self.path, copy)
-        shutil.copyfile(wal, f"{copy}-wal")
+        try:
+            shutil.copyfile(self.path, copy)
+            shutil.copyfile(wal, f"{copy}-wal")
+        except OSError as error:
+            self._copy.cleanup()
+            why = f"its newest rows in {wal.name} cannot be read: {error.strerror}"
+            raise UserError(f"{self.path}: {why}; allow it, or link a copy of both files") from error
         return self._open(copy, "mode=ro")
 
     @staticmethod

@@ -333,8 +333,8 @@ def describe_all(paths: Iterable[str], cache_path: str | os.PathLike, workers: i
     photos: dict[str, Photo] = {}
     todo = []
     for path in paths:
-        known = cache.get(path)
-        if known is None:
+        known = cache.get(path) if os.access(path, os.R_OK) else None
+        if known is None or known.problem == "image_unreadable":  # another Pillow may read it today
             todo.append(path)
         else:
             photos[path] = known

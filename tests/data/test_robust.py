@@ -63,6 +63,51 @@ def test_no_row_ends_the_run_or_takes_long(tree: Tree):
     assert tree.reasons() == {name: name.split()[0] for name in ROWS}
 
 
+def test_folders_and_photographs_without_permission(tree: Tree, monkeypatch):
+    """Permissions do not bind who runs the tests as root, so that the system's answers are made here."""
+    tree.good(3)
+    tree.link()
+    closed: set[Path] = set()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in closed and allowed(path, mode))
+
+    def opened(path, *args, **kwargs):
+        if Path(path) in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, *args, **kwargs)
+
+    monkeypatch.setattr("common.data.photos.open", opened, raising=False)
+    closed.add(tree.source / "photo-1.jpg")  # although the cache knows it
+    assert tree.link().exit_code == 0 and tree.reasons()["good-1"] == "image_unreadable"
+    closed = {tree.source}
+    result = tree.link()
+    assert result.exit_code == 1 and f"Error: {tree.source}: the folder cannot be read" in result.stderr
+    closed = {tree.files}
+    assert f"Error: {tree.files}: the folder cannot be read" in tree.link().stderr
+
+
+def test_rows_in_a_wal_that_cannot_be_read(tree: Tree, monkeypatch):
+    tree.good(3)
+    tree.connection.execute("PRAGMA journal_mode = wal")
+    tree.connection.execute("UPDATE jobs SET status = 'done'")
+    tree.connection.commit()
+    connect = database_module.Database._open
+
+    def refused(path, how):
+        if how == "mode=ro":
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(path, how)
+
+    def denied(source, target):
+        raise PermissionError(13, "Permission denied", str(source))
+
+    monkeypatch.setattr(database_module.Database, "_open", staticmethod(refused))
+    monkeypatch.setattr(database_module.shutil, "copyfile", denied)
+    result = tree.link()
+    assert result.exit_code == 1
+    assert "mondrian.db: its newest rows in mondrian.db-wal cannot be read: Permission denied" in result.stderr
+
+
 WHOLE = json.dumps(analysis(1))
 WRAPPED = {
     "double_encoded": json.dumps(WHOLE),
