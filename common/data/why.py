@@ -86,7 +86,8 @@ def _lines(linker: Linker, reader, job: dict, database) -> Iterator[str]:
     if task.refusal:
         yield f"  not asked for: {task.refusal[0]} ({task.refusal[1]})"
     asked = reader.asked(task.texts["prompt"])
-    yield f"  held against: {' | '.join(', '.join(names) for names in asked.dimensions)}"
+    low, high = asked.score_range
+    yield f"  held against: {' | '.join(', '.join(names) for names in asked.dimensions)}; scores {low:g} to {high:g}"
     if asked.unreadable:
         yield f"  {asked.unreadable}"
     for text, result in readings(task.texts, task.advisor or plain(job["advisor"]), linker.files, asked):
