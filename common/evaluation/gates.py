@@ -288,6 +288,8 @@ def _share_needed(gate: Gate, figure: Figure) -> str | None:
     n = figure.n
     if gate.versus:
         gained, lost = intervals.changed(figure)
+        if not np.allclose(intervals.bonett_price(gained, lost, n)[1:3], (figure.lower, figure.upper)):
+            return None
         meets = lambda count: gate.meets(intervals.bonett_price(gained, lost, count)[1])  # noqa: E731
         what = (
             f"with no more than {lost} that only the {gate.arm} fails"

@@ -478,6 +478,15 @@ def test_gates_file_names_all_that_is_wrong(tmp_path):
         assert part in message
 
 
+def test_what_would_settle_a_gate_counts_no_halves_of_photographs():
+    """With two samples a photograph, one of them bad, "1 that only the candidate fails" was said of no photograph."""
+    ours = np.array([1, 0.5, 1, 1, 0.5, 1, 1, 1, 0.5, 1])
+    figure = intervals.share_difference(ours, np.array([1, 1, 0.5, 1, 1, 1, 1, 0.5, 1, 1]))
+    gate = Gate("kept", "Kept", "format.strict", versus="base", at_least=-0.1)
+    summary = Summary(10, {"base": {}, "candidate": {}}, {"candidate-base": {"format.strict": figure}}, {})
+    assert "if figure and spread stay as they are; you have 10" in decide([gate], summary)[0]["decides"]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

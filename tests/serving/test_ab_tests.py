@@ -1,19 +1,27 @@
 """A/B tests that are looked at after every job: false alarms, the advice, and the canary that widens by itself."""
 
 import argparse
+import contextlib
+import itertools
+import sqlite3
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from integration.lora_patch import answering, hooks
 from integration.lora_patch import canary as canary_module
 from integration.lora_patch.ab_test import ADAPTER, BASE, LADDER, ABTest, advise, next_share, running_test
 from integration.lora_patch.canary import Canary
 from integration.lora_patch.flags import schedule
 from integration.lora_patch.jobs import migrate
-from integration.lora_patch.report_jobs import AnsweredJob
+from integration.lora_patch.report_jobs import AnsweredJob, read_jobs
 from integration.lora_patch.sequences import Sequence, difference, share_difference, width
-from tests.serving.test_report import fill, scattered
+from integration.lora_patch.switching import active
+from tests.serving.test_answering import GOOD, JSON_PROMPT, request, serving
+from tests.serving.test_report import analysis, fill, scattered
 from tests.simulations.ab_tests import looks, photographs, simulate
 from tests.standin.running import ROOT, make_db
 
@@ -235,3 +243,55 @@ def test_a_canary_looks_once_in_so_many_jobs_and_never_twice_at_a_time(jobs, mon
     with canary.looking:
         canary.look()
     assert canary.looked is None
+
+
+class AtOnce(threading.Thread):
+    """A thread that has run when it is started: what it does comes in the same order in every test run."""
+
+    def start(self) -> None:
+        self.run()
+
+
+def test_a_schedule_through_the_service_widens_pauses_and_stops_when_validity_is_sabotaged(jobs, monkeypatch):
+    """Hundreds of jobs: drawn at the share in force, answered, recorded in the table, which the canary then reads."""
+    ticks = itertools.cycle((0.0, 9.0, 0.0, 10.0, 0.0, 11.0))  # seconds: answers take 9, 10 and 11
+    monkeypatch.setattr(answering, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(canary_module.threading, "Thread", AtOnce)
+    rows = [
+        (f"job-{at}", "completed", "ansel", f"{at}.jpg", f"2026-11-24T10:00:00.{at:06}", analysis(score))
+        for at, score in enumerate(scattered(6.0, 500))
+    ]
+    shares, sabotaged = [], set()
+
+    @hooks.generation
+    def run(full_prompt):
+        use = active.get()
+        if use is not None:
+            use.happened = True
+        return "{" if use is not None and len(shares) in sabotaged else GOOD
+
+    def serve(count: int) -> float:
+        for number in range(len(shares), len(shares) + count):
+            with request(service):
+                hooks.choose(f"job-{number}", "ansel")
+                run(JSON_PROMPT)
+            shares.append(service.split)
+        return shares[-1]
+
+    open_throughout = contextlib.closing(sqlite3.connect(jobs))  # else each job's connection would clear the log
+    with open_throughout as db, serving(monkeypatch, [], ab_test_schedule=(0.25, 0.3, 0.5)) as (service, adapter, _):
+        columns = "id, status, advisor, filename, completed_at, analysis_markdown"
+        with db:
+            db.executemany(f"INSERT INTO jobs ({columns}) VALUES (?, ?, ?, ?, ?, ?)", rows)
+        adapter.breaker.bound = 1.0  # it would take the adapter out before the test has shown anything
+        service.adapters.mode = "ab_test"
+        service.recorder.open(jobs)
+        service.begin_canary()
+        assert serve(180) == 0.25  # not yet decided: it stays
+        assert serve(100) == 0.3
+        sabotaged.update(range(280, 500, 2))  # half of its answers from now on
+        serve(60)
+        assert serve(160) == 0.0 and list(dict.fromkeys(shares)) == [0.25, 0.3, 0.0]  # paused at 30%, then ended
+        assert "fewer" in service.health()["ab_test_schedule"]["problem"]
+    test = running_test(read_jobs(jobs, in_test=True))
+    assert len(test.jobs) == 500 and {job.split for job in test.jobs} == {0.25, 0.3, 0.0}
