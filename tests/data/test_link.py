@@ -21,13 +21,6 @@ from tests.mondrian_case import HTML_PROMPT, SYSTEM_PROMPT, Tree, analysis
 UUID = "0361b22a-2f22-49af-991e-c26852ea600b"
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    tree = Tree(tmp_path)
-    tree.photo("photo.jpg", 1)
-    return tree
-
-
 def test_columns_and_advisors_in_other_letters(tmp_path: Path):
     tree = Tree(tmp_path)
     tree.good(6)

@@ -19,18 +19,12 @@ from integration.lora_patch.analysis import AnalysisError
 from integration.lora_patch.specification import DIMENSIONS7
 from tests.data.test_html_analysis import CARDS, card, page
 from tests.mondrian_case import SYSTEM_PROMPT, Tree, analysis
+from tests.processes import alive
 from tests.serving.test_prompts import SIX, example
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE = page(CARDS)
 TEXT = json.dumps(analysis(1))
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    tree = Tree(tmp_path)
-    tree.photo("photo.jpg", 1)
-    return tree
 
 
 ROWS = {
@@ -349,11 +343,6 @@ def test_workers_end_with_a_killed_run():
     while any(map(alive, workers)) and time.monotonic() < ends:
         time.sleep(0.05)
     assert not any(map(alive, workers))
-
-
-def alive(process: int) -> bool:
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout.strip()
-    return bool(state) and not state.startswith("Z")
 
 
 # ------------------------------------------------------------------------------------------------ what prompts ask for

@@ -12,7 +12,8 @@ from pathlib import Path
 from integration.lora_patch.arguments import add_arguments
 from integration.lora_patch.flags import Flags
 from integration.lora_patch.jobs import COLUMNS
-from tests.standin.running import ROOT, STANDIN, deploy, free_port, make_adapter
+from tests.processes import free_port
+from tests.standin.running import ROOT, STANDIN, deploy, make_adapter
 
 GUIDE = (ROOT / "integration" / "LORA_SERVICE_INTEGRATION.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", GUIDE, re.S)

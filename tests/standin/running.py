@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from common.release.promotion import new_record
 from common.training.adapter_files import adapter_config, write_adapter
 from integration.lora_patch.fingerprint import base_fingerprint
 from integration.lora_patch.versions import record_path
+from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PATCH = ROOT / "integration" / "lora_patch"
@@ -93,12 +93,6 @@ def make_db(path: Path, schema: str = OLDEST, rows: int = 3) -> Path:
         for number in range(rows):
             db.execute("INSERT INTO jobs (id, status) VALUES (?, 'done')", (f"j{number}",))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class RunningService:

@@ -3,21 +3,14 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+from tests.processes import alive, free_port
 from tests.training_sample import ROOT, TRAIN
-
-
-def free_port() -> int:
-    """Return the first of a few ports that nobody listens on; the launcher takes the next ones too."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(probe.getsockname()[1], 65000)
 
 
 class Ring:
@@ -84,10 +77,3 @@ class Ring:
         """Leave nothing running."""
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
