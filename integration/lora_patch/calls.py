@@ -34,20 +34,28 @@ class Call:
             names = list(inspect.signature(function).parameters)
         except (TypeError, ValueError):
             names = []
-        at = dict(zip(names, range(len(self.args)), strict=False))
-        self.photo_name = next((name for name in PHOTO_NAMES if name in self.kwargs or name in at), None)
-        self.photo_at = at.get(self.photo_name)
-        if self.photo_name in self.kwargs:
-            self.photo = self.kwargs[self.photo_name]
-        else:
-            self.photo = None if self.photo_at is None else self.args[self.photo_at]
+        self.at = dict(zip(names, range(len(self.args)), strict=False))  # positions, by name
+        self.photo_name, self.prompt_name = map(self._first, (PHOTO_NAMES, PROMPT_NAMES))
+        self.photo, prompt = self._get(self.photo_name), self._get(self.prompt_name)
+        self.prompt = prompt if isinstance(prompt, str) else ""
         self.prepared = self.photo  # until `prepare_photo`
         self.files: list[str] = []
         self.left = False  # nobody reads the answer any more
-        named = next((name for name in PROMPT_NAMES if name in self.kwargs or name in at), None)
-        self.prompt_name, self.prompt_at = named, at.get(named)
-        prompt = self.kwargs.get(named) if named in self.kwargs else self.args[at[named]] if named else ""
-        self.prompt = prompt if isinstance(prompt, str) else ""
+
+    def _first(self, names: tuple[str, ...]) -> str | None:
+        """Return the first of these names that an argument was given for."""
+        return next((name for name in names if name in self.kwargs or name in self.at), None)
+
+    def _get(self, name: str | None):
+        if name in self.kwargs:
+            return self.kwargs[name]
+        return self.args[self.at[name]] if name in self.at else None
+
+    def _put(self, name: str | None, value) -> None:
+        if name in self.kwargs:
+            self.kwargs[name] = value
+        elif name in self.at:
+            self.args[self.at[name]] = value
 
     @property
     def is_of_mlx_vlm(self) -> bool:
@@ -58,25 +66,16 @@ class Call:
 
     def use_photo(self, photo) -> None:
         """Put a photograph, original or prepared, among the arguments."""
-        if self.photo_name in self.kwargs:
-            self.kwargs[self.photo_name] = photo
-        elif self.photo_at is not None:
-            self.args[self.photo_at] = photo
+        self._put(self.photo_name, photo)
 
     def photos(self) -> list:
         """Return the photographs as they stand among the arguments now."""
-        if self.photo_name in self.kwargs:
-            photo = self.kwargs[self.photo_name]
-        else:
-            photo = None if self.photo_at is None else self.args[self.photo_at]
+        photo = self._get(self.photo_name)
         return list(photo) if isinstance(photo, list | tuple) else [] if photo is None else [photo]
 
     def use_prompt(self, prompt: str) -> None:
         """Put another prompt among the arguments."""
-        if self.prompt_name in self.kwargs:
-            self.kwargs[self.prompt_name] = prompt
-        elif self.prompt_at is not None:
-            self.args[self.prompt_at] = prompt
+        self._put(self.prompt_name, prompt)
 
     def prepare_photo(self, max_image_size: int) -> None:
         """Fill `prepared` with the photograph as training sees it.
