@@ -76,6 +76,10 @@ class ScriptCommand(click.Command):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> object:
+        for param in self.params:  # click takes nan for a number in any range, and whole numbers of any length
+            value = ctx.params.get(param.name)
+            if isinstance(value, int | float) and not abs(value) < 2**63:
+                raise click.BadParameter(f"{value} is no number that can be used.", ctx, param)
         try:
             return super().invoke(ctx)
         except LoraError as error:  # the serving package knows no click

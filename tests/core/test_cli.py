@@ -32,6 +32,7 @@ SLOW = {"mlx_vlm", "transformers", "scipy.stats", "matplotlib.pyplot", "pandas"}
 @click.option("--mode", multiple=True, default=("base",))
 @option_group("Model")
 @click.option("--lora_r", default=16, type=click.IntRange(1), show_default=True, help="rank")
+@click.option("--rate", default=0.1, type=click.FloatRange(0))
 @click.option("--checkpointing", default="auto", type=click.Choice(["auto", "on", "off"]))
 @option_group("Output")
 @click.option("--plan/--no_plan", default=False)
@@ -104,6 +105,16 @@ def test_a_wrong_configuration_is_one_line(tmp_path, content, message):
     result = run("--config", tmp_path / "run.yaml")
     assert result.exit_code == 1
     assert result.output.startswith("Error: ") and message in result.output and result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [("--rate", "nan"), ("--rate", "inf"), ("--lora_r", "9" * 20)])
+def test_numbers_that_cannot_be_used_are_refused(given, tmp_path):
+    """Else they end in a traceback of whatever meets them first, after minutes."""
+    (tmp_path / "config.yaml").write_text(f"{given[0][2:]}: {given[1]}\n")
+    for arguments in (given, ("--config", str(tmp_path / "config.yaml"))):
+        result = CliRunner().invoke(command, arguments)
+        assert result.exit_code == 2, result.output
+        assert f"Error: Invalid value for '{given[0]}': {given[1]} is no number" in result.output
 
 
 def test_under_make_messages_speak_of_its_variables():
