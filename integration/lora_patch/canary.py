@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from .ab_test import ADAPTER, broken_guardrails, next_share, running_test
+from .ab_test import ADAPTER, advise, broken_guardrails, next_share, running_test
 from .errors import LoraError, one_line
 from .log import say
 from .report_jobs import read_jobs
@@ -30,7 +30,7 @@ class Canary:
 
     def __init__(self, shares: tuple[float, ...], database: Path, versions: Collection[str | None] = ()):
         self.shares, self.database = shares, database
-        self.split, self.problem, self.looked = shares[0], None, None
+        self.split, self.problem, self.looked, self.advice = shares[0], None, None, None
         self.noted, self.looking = 0, threading.Lock()
         try:
             jobs = running_test(read_jobs(database, in_test=True)).jobs
@@ -55,6 +55,7 @@ class Canary:
         try:
             test = dataclasses.replace(running_test(read_jobs(self.database, in_test=True)), share=self.split)
             self.problem, self.looked = None, time.strftime("%Y-%m-%dT%H:%M:%S")
+            self.advice = advise(test, self.shares).sentence
             if broken := broken_guardrails(test):
                 self.split, self.problem = 0.0, broken
                 say(logging.WARNING, f"A/B test ended, the base answers everything: {broken}")
@@ -67,5 +68,7 @@ class Canary:
             self.looking.release()
 
     def state(self) -> dict:
-        """Return what /health says: the schedule, the present share, the last look, and what prevents a decision."""
-        return {"schedule": list(self.shares), "split": self.split, "looked": self.looked, "problem": self.problem}
+        """Return what /health says: the schedule, the present share, the last look, what it showed in one sentence, and
+        what prevents a decision or has ended the test."""
+        state = {name: getattr(self, name) for name in ("split", "looked", "advice", "problem")}
+        return {"schedule": list(self.shares)} | state

@@ -220,6 +220,17 @@ def test_a_canary_widens_while_the_guardrails_hold_and_goes_on_after_a_restart(j
     assert state["split"] == 0.25 and state["problem"] is None and state["looked"]
 
 
+def test_a_canary_that_stays_says_why(jobs):
+    """An adapter whose scores are lower held the canary at its share for good, and /health did not say so."""
+    canary = Canary((0.2, 0.5), jobs, {"v2"})
+    assert canary.state()["advice"] is None  # not looked yet
+    serve(jobs, canary, 0, 300, mean=6.0)
+    for score in scattered(5.0, 100):
+        fill(jobs, ADAPTER, [score], ab_test_split=0.2, adapter_version="v2", model_duration=10.0)
+    canary.look()
+    assert canary.split == 0.2 and "the adapter's scores are" in canary.state()["advice"]
+
+
 def test_a_canary_ends_when_a_guardrail_is_broken_and_stays_ended(jobs):
     canary = Canary((0.2, 0.5), jobs, {"v2"})
     serve(jobs, canary, 40, 100, model_fallback=1)
