@@ -4,7 +4,6 @@ import contextlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from common.dataset import load_examples, read_meta
@@ -13,10 +12,12 @@ from common.evaluation.generations import Item
 from common.evaluation.model_source import Decoding, ModelSource
 from common.evaluation.scoring import reference_scores
 from common.files import find_input, sha256_file
+from common.model.step import round_up
 from common.records import software_versions
 from integration.lora_patch import versions
 from integration.lora_patch.analysis import parse_lenient
 from integration.lora_patch.fingerprint import base_fingerprint, compare_fingerprints
+from integration.lora_patch.memory import find_device
 from integration.lora_patch.photo import MAX_IMAGE_SIZE, PhotoError, load_photo
 from integration.lora_patch.prompts import UnreadablePrompt, read_specification
 from integration.lora_patch.specification import PromptSpecification
@@ -201,15 +202,10 @@ def load_models(evaluation: Evaluation, items: list[Item]) -> ModelSource:
         "base": fingerprint,
         "adapters": {arm: versions.adapter_hashes(folder) for arm, folder in evaluation.adapters.items()},
         "software": software_versions(),
-        "device": device_name(),
+        "device": find_device().name,
         "max_tokens": sampling.max_tokens,
     }
     return ModelSource(base, evaluation.adapters, sampling, options.constrained, facts)
-
-
-def device_name() -> str:
-    info = mx.device_info()
-    return str(info.get("device_name") or info.get("architecture") or mx.default_device())
 
 
 def _specification(recorded: dict | None, prompt: str) -> PromptSpecification | None:
@@ -227,7 +223,7 @@ def _max_tokens(given: str, base: Base, items: list[Item]) -> int:
     if given != AUTO:
         return int(given)
     longest = max(len(response_tokens(base, item.example.response)[0]) for item in items)
-    return min(LONGEST, -(-2 * longest // 64) * 64)
+    return min(LONGEST, round_up(2 * longest, 64))
 
 
 def _training_args(folder: Path) -> dict:

@@ -18,6 +18,7 @@ from common.cli import next_step
 from common.dataset import load_examples
 from common.errors import UserError
 from common.evaluation.report_page import Cell
+from common.evaluation.setup import LONGEST
 from common.files import find_input
 from common.pages import embedded, write_page
 from integration.lora_patch.analysis import parse_lenient
@@ -35,7 +36,6 @@ from integration.lora_patch.versions import (
 
 TEMPLATE = Path(__file__).with_name("tryout.html.j2")
 PHOTO_SIDE = 1000  # pixels of the photograph on the page
-LONGEST = 2048  # tokens; the longest real analyses have some 1,300
 WIDTH = 100  # columns where there is no terminal
 
 
