@@ -21,7 +21,7 @@ from .own_generation import Unknown, Wanted
 from .streams import ReaderLeft, Relay, with_text
 from .switching import Use, switched_on
 
-MOST_REQUESTS = 5000  # that wait in a queue; older ones are forgotten
+MOST_REQUESTS = 1000  # that wait in a queue; older ones are forgotten
 TAIL = 300  # characters of a prompt's end by which the passes of a service are told apart
 
 
@@ -31,7 +31,7 @@ class Answering:
     def __init__(self, adapters: AdaptersInUse, recorder: Recorder):
         self.adapters, self.recorder = adapters, recorder
         self.generating = adapters.own.lock  # one generation at a time
-        self.concluding = threading.Lock()
+        self.concluding, self.noting = threading.Lock(), threading.Lock()
         self.counts, self.prompts = Counter(), Counter()
         self.canary = None  # a `canary.Canary`: a test that is widened by itself
         self.requests: dict[str, tuple[dict, Scope | None]] = {}  # job's id -> its request's fields, and its scope
@@ -78,12 +78,18 @@ class Answering:
             scope.jobs.append(job)
         return job
 
+    def request_of(self, job_id: str) -> tuple[dict, Scope | None]:
+        """Return, once, the fields and the scope of the request that left a job to a worker; ({}, None) without one."""
+        with self.noting:
+            return self.requests.pop(job_id, ({}, None))
+
     def note_request(self, job_ids: list[str], fields: dict) -> None:
         """Keep what a request said of jobs that another thread will answer, when the request is over."""
-        for job_id in job_ids:
-            self.requests[job_id] = fields, scope_of_request.get()
-        while len(self.requests) > MOST_REQUESTS:
-            self.requests.pop(next(iter(self.requests)), None)
+        with self.noting:
+            for job_id in job_ids:
+                self.requests[job_id] = fields, scope_of_request.get()
+            while len(self.requests) > MOST_REQUESTS:
+                self.requests.pop(next(iter(self.requests)))
 
     def generate(self, function, args: tuple, kwargs: dict, job: Job):
         """Run mlx_vlm.generate, or a function that returns an answer, in the job's arm; see `hooks.generation`."""

@@ -107,5 +107,6 @@ class Scope:
 
 scope_of_request = contextvars.ContextVar("lora_patch_scope", default=None)
 is_carried = contextvars.ContextVar("lora_patch_carried", default=False)  # in a thread that answers for a request
+is_worker = contextvars.ContextVar("lora_patch_worker", default=False)  # takes jobs of one request after another
 fields_of_request = contextvars.ContextVar("lora_patch_fields", default=None)  # what it says, for its threads
 job_of_request = contextvars.ContextVar("lora_patch_job", default=None)

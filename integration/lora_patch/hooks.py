@@ -9,7 +9,7 @@ import sys
 import threading
 
 from .answering import Answering
-from .arms import REQUEST_MODES, Job, fields_of_request, is_carried, job_of_request, scope_of_request
+from .arms import REQUEST_MODES, Job, fields_of_request, is_carried, is_worker, job_of_request, scope_of_request
 from .calls import sweep_photos
 from .errors import LoraError, one_line
 from .flags import flags
@@ -90,10 +90,11 @@ def choose(job_id=None, advisor=None, mode=None) -> None:
     if flags.is_on:
         fields = request_fields()
         if not fields:
-            fields, scope = service.requests.pop(str(job_id), ({}, None))
+            fields, scope = service.request_of(str(job_id))
             last = scope_of_request.get()
-            if scope is not None or (last is not None and not last.is_open):
+            if scope is not None or is_worker.get() or (last is not None and not last.is_open):
                 scope_of_request.set(scope)
+                is_worker.set(True)
         if not fields and REQUEST_MODES.get(str(mode).lower(), "base") != "base":
             fields = {"mode": mode}
         job = service.choose(job_id or fields.get("job_id"), advisor or fields.get("advisor"), fields)

@@ -54,8 +54,8 @@ class Routes:
     def after(self, response):
         flask = sys.modules["flask"]
         scope = scope_of_request.get()
-        if (fields := request_fields()).get("mode") and (job_id := self._job_id(response, fields)):
-            self.service.note_request([job_id], fields)
+        if response.status_code == 202:  # a job that a worker answers
+            self._note(response)
         if scope is not None:
             if response.is_streamed:  # the model may be asked while the response is read
                 response.call_on_close(functools.partial(self.close, scope))
@@ -76,12 +76,13 @@ class Routes:
                 response.set_data(json.dumps(content))
         return response
 
-    @staticmethod
-    def _job_id(response, fields: dict) -> str | None:
-        """Return the id of the job that a view leaves to a worker: the request's, or the one that the view answers."""
-        content = response.get_json(silent=True) if response.status_code == 202 and response.is_json else None
-        made = content.get("job_id") if isinstance(content, dict) else None
-        return str(made or fields.get("job_id") or "") if response.status_code == 202 else None
+    def _note(self, response) -> None:
+        """Keep what the request said of its job, whose id is the request's or the one that the view answers."""
+        fields = request_fields()
+        content = response.get_json(silent=True) if response.is_json else None
+        job_id = (content.get("job_id") if isinstance(content, dict) else None) or fields.get("job_id")
+        if job_id and fields.get("mode"):
+            self.service.note_request([str(job_id)], fields)
 
     def close(self, scope: Scope) -> None:
         scope.is_open = False

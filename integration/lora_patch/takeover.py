@@ -19,6 +19,7 @@ from .arms import fields_of_request, job_of_request, scope_of_request
 
 NAMES = ("load", "generate", "stream_generate")
 PUBLIC = ("mlx_vlm", "mlx_vlm.utils", "mlx_vlm.generate")  # where a service imports them from
+LONGEST_ID = 200  # characters of a job's id; longer texts in a queue are something else
 _begun = threading.Event()
 
 
@@ -88,8 +89,10 @@ def _share_with_threads() -> None:
 
     @functools.wraps(start)
     def started(self):
-        if not _loops(getattr(self, "_target", None) or type(self).run):
-            self.run = _of_this_request(self.run)
+        own = self.run
+        run = _of_this_request(own)
+        if run is not own and not _loops(getattr(self, "_target", None) or type(self).run):
+            self.run = run
         return start(self)
 
     @functools.wraps(submit)
@@ -104,8 +107,10 @@ def _share_with_threads() -> None:
         from .hooks import service
         from .routes import request_fields
 
-        if scope_of_request.get() is not None and (fields := request_fields()):
-            service.note_request(_texts(item), fields)
+        if scope_of_request.get() is not None:
+            with contextlib.suppress(Exception):  # a malformed form is the view's to refuse
+                if fields := request_fields():
+                    service.note_request(_texts(item), fields)
         return put(self, item, *args, **kwargs)
 
     queue.Queue.put = noted
@@ -116,7 +121,7 @@ def _texts(item) -> list[str]:
     inner = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else (
         getattr(item, "__dict__", {}).values()
     )  # fmt: skip
-    return [text for text in (item, *inner) if isinstance(text, str)]
+    return [text for text in (item, *inner) if isinstance(text, str) and len(text) <= LONGEST_ID]
 
 
 def _loops(function) -> bool:

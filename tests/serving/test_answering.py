@@ -12,7 +12,7 @@ import pytest
 from integration.lora_patch import hooks
 from integration.lora_patch.adapters import Adapter
 from integration.lora_patch.answering import Answering
-from integration.lora_patch.arms import Breaker, Scope, job_of_request, scope_of_request
+from integration.lora_patch.arms import Breaker, Scope, is_worker, job_of_request, scope_of_request
 from integration.lora_patch.errors import LoraError
 from integration.lora_patch.flags import flags
 from integration.lora_patch.in_use import AdaptersInUse
@@ -446,3 +446,28 @@ def test_base_by_hand_takes_the_adapters_out(monkeypatch, tmp_path, tiny_base):
     assert service.choose("1", "ansel", {"mode": "lora"}).model_used == "fine_tuned"
     service.adapters.reload("base")
     assert service.choose("1", "ansel", {"mode": "lora"}).model_used == "base"
+
+
+def test_a_worker_knows_what_the_request_of_its_job_said(monkeypatch):
+    """Its mode of the base counts only if the request named it: a service fills in its own default."""
+    with serving(monkeypatch, [GOOD] * 9) as (service, adapter, run):
+        service.adapters.mode = "ab_test"
+        scope = Scope()
+        scope_of_request.set(scope)
+        service.note_request(["asked"], {"mode": "baseline"})
+        service.note_request(["silent"], {"advisor": "ansel"})
+        scope_of_request.set(None)
+        is_worker.set(False)
+        arms = {}
+        for job_id, mode in (("asked", "baseline"), ("silent", "baseline"), ("unknown", "rag"), ("stored", "lora")):
+            hooks.choose(job_id, "ansel", mode)
+            run(JSON_PROMPT)
+            job = job_of_request.get()
+            arms[job_id] = job.model_used.removesuffix("_base").removesuffix("_fine_tuned")
+        assert arms == {"asked": "base", "silent": "ab_test", "unknown": "ab_test", "stored": "fine_tuned"}
+        assert [job.id for job in scope.jobs] == ["asked", "silent"] and not service.requests
+        for number in range(3000):
+            service.note_request([str(number)], {"mode": "lora"})
+        assert len(service.requests) == 1000 and "2999" in service.requests
+        scope_of_request.set(None)
+        is_worker.set(False)
