@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
 import click
 from PIL import Image
@@ -132,6 +133,8 @@ class Locator:
                     return Place([str(self.folder / path) for path in _nearest([*parts[:-1], last], index[key])])
         if self._leaving & {_key(part) for part in (*parts, bare)}:
             return Place(problem="image_outside", detail=f"{name[:100]}: a link leads out of {self.folder}")
+        if "%" in name and (plain := unquote(name)) != name:  # a URL's spelling of it
+            return self.find(plain)
         return Place(problem="image_missing", detail=name[:120])
 
     def _parts(self, name: str) -> tuple[list[str], bool]:

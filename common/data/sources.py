@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.data.html_analysis import html_to_analysis, is_html_analysis
-from common.data.wrappings import answers_in, unwrapped
+from common.data.wrappings import answers_in, of_advisor, unwrapped
 from integration.lora_patch.analysis import AnalysisError, canonical, looks_like_analysis
 from integration.lora_patch.json_text import balanced_end, find_objects, parse_json, strings_in
 from integration.lora_patch.prompts import UnreadablePrompt, read_specification, told_range
@@ -219,7 +219,10 @@ def _outputs(text: str, advisor: str) -> Iterator[str | AnalysisError]:
     except (ValueError, RecursionError):
         yield text
         return
-    yield from answers_in(value, advisor)
+    try:
+        yield from answers_in(value, advisor)
+    except AnalysisError as error:
+        yield error
 
 
 class AnalysisFiles:
@@ -288,18 +291,20 @@ def read_answer(text: str, advisor: str, prompt: str, asked: Asked, depth: int =
         except AnalysisError as error:
             raise _diagnosis(visible, objects, False, thought) if error.reason == "no_cards" else error from None
         return analysis, [*nul, *around, *mends], "html"
-    analysis, mends = _read_json(visible, objects, asked)
+    analysis, mends = _read_json(visible, objects, advisor, asked)
     if analysis is None:
         raise _diagnosis(visible, objects, echoed or _is_echo(text, prompt), thought)
     return analysis, list(dict.fromkeys([*nul, *around, *mends])), "json"
 
 
-def _read_json(text: str, objects: list[tuple], asked: Asked) -> tuple[dict | None, list[str]]:
+def _read_json(text: str, objects: list[tuple], advisor: str, asked: Asked) -> tuple[dict | None, list[str]]:
     """Return (analysis, mends) from the last analysis among a text's objects: bare, fenced, or after a heading; None
     without one. AnalysisError when those that are meant as one hold none."""
     failure: AnalysisError | None = None
-    for value, mends, start, end in reversed(objects):
-        if not looks_like_analysis(value):
+    meant = [found for found in objects if looks_like_analysis(found[0])]
+    own = of_advisor([value for value, *_ in meant], advisor)
+    for value, mends, start, end in reversed(meant):
+        if not any(value is one for one in own):
             continue
         try:
             analysis, more = canonical(value, asked.extra_keys, asked.score_range[1])

@@ -17,7 +17,8 @@ from integration.lora_patch.json_text import is_too_deep
 
 # keys under which an answer stands
 _ANSWERS = ("response", "output", "content", "text", "html", "analysis")
-_ANSWERS += ("result", "data", "message", "choices", "answer")
+_ANSWERS += ("result", "data", "message", "messages", "choices", "answer")
+_NAMED_BY = ("advisor", "advisor_id", "advisor_name")  # keys that name an answer's advisor
 _STRING = re.compile(r'(?<!\\)"(?:\\+")?\s{0,9}\{\s{0,9}\\+"')  # JSON in a JSON string, with its quotes
 _ESCAPED = re.compile(r'\{\s{0,9}\\+"')  # the same without
 _ENTITIES = re.compile(r"\{\s{0,9}&quot;|&lt;div\b")
@@ -27,8 +28,8 @@ _MAX_PYTHON, _MAX_BRACKETS = 60_000, 500
 
 def answers_in(value: Any, advisor: str) -> Iterator[str | AnalysisError]:
     """Yield the answers in a parsed value: an object keyed by advisor, one with prompt and response, or a bare text."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    if isinstance(value, list):
+        value = _entry_of(value, advisor)
     if isinstance(value, dict) and not looks_like_analysis(value):
         own = [item for key, item in value.items() if advisor.strip().lower() in key.lower()]
         if own:
@@ -46,6 +47,31 @@ def answers_in(value: Any, advisor: str) -> Iterator[str | AnalysisError]:
         yield json.dumps(value, ensure_ascii=False)
 
 
+def of_advisor(values: list[dict], advisor: str) -> list[dict]:
+    """Return those of several answers that name their advisor as the one asked for; all where none names any.
+
+    AnalysisError where all name others.
+    """
+    names = [next((str(value[key]) for key in _NAMED_BY if value.get(key)), "") for value in values]
+    own = [value for value, name in zip(values, names, strict=True) if advisor.strip().lower() in name.lower()]
+    if not own and len(values) > 1 and all(names):
+        raise AnalysisError("wrong_advisor", f"holds the analyses of {', '.join(names)[:80]}, not of {advisor}")
+    return own or values
+
+
+def _entry_of(values: list, advisor: str) -> Any:
+    """Return the entry of a list that holds the answer: the assistant's last turn, the advisor's own, the only one."""
+    entries = [value for value in values if isinstance(value, dict)]
+    turns = [entry.get("content") for entry in entries if entry.get("role") == "assistant"]
+    if turns:
+        return turns[-1]
+    if len(values) == 1:
+        return values[0]
+    named = [entry for entry in entries if any(entry.get(key) for key in _NAMED_BY)]
+    own = of_advisor(named, advisor) if named else []
+    return own[0] if len(own) == 1 else values
+
+
 def _is_answer(value: object) -> bool:
     """Tell whether an entry of `llm_outputs` is an analysis, and so its key the name of an advisor."""
     if isinstance(value, str):
@@ -58,13 +84,13 @@ def unwrapped(text: str, objects: list[dict], advisor: str) -> tuple[str, str]:
 
     ``objects`` are those found in the text. AnalysisError for the analysis of another advisor.
     """
-    if inner := _decoded(text):
+    if not objects and (inner := _decoded(text)):
         return inner, "double_encoded"
     if _ENTITIES.search(text) and "<div" not in text:
         return html.unescape(text), "html_entities"
     if (inner := _from_python(text)) is not None:
         return inner, "python_literal"
-    for value in reversed(objects):
+    for value in reversed(of_advisor(objects, advisor)):
         found = next(answers_in(value, advisor), "")
         if isinstance(found, AnalysisError):
             raise found

@@ -236,10 +236,12 @@ def test_filenames(tree: Tree):
         "folder tells": ("old/y/same.jpg", "y/same.jpg"),
         "twins": ("twin.jpg", "x/twin.jpg"),
         "blob": (b"b.jpg", "b.jpg"),
+        "url": ("file:///Users/x/source/%62.jpg", "b.jpg"),
     }
     lost = {
         "missing": ("c.jpg", "image_missing"),
         "up": ("../../etc/passwd", "image_outside"),
+        "up in a url": ("..%2f..%2fetc%2fpasswd", "image_outside"),
         "up and absolute": ("/var/../../etc/passwd", "image_outside"),
         "ambiguous": ("same.jpg", "image_ambiguous"),
         "none": (None, "no_filename"),

@@ -103,6 +103,7 @@ def test_rows_in_a_wal_that_cannot_be_read(tree: Tree, monkeypatch):
 
 
 WHOLE = json.dumps(analysis(1))
+NAMED = ((2, "weston"), (1, "Ansel Adams"), (3, "okeefe"))
 WRAPPED = {
     "double_encoded": json.dumps(WHOLE),
     "double_encoded in a frame": f"# Ansel Analysis\n\n## Full Analysis\n```json\n{json.dumps(WHOLE)}\n```",
@@ -112,6 +113,9 @@ WRAPPED = {
     "python_literal": str(analysis(1)),
     "wrapped": json.dumps({"analysis": analysis(1)}),
     "wrapped deep": json.dumps({"data": {"result": analysis(1)}}),
+    "wrapped in a list": json.dumps({"data": [{"advisor": a, "response": json.dumps(analysis(n))} for n, a in NAMED]}),
+    "wrapped in turns": json.dumps({"messages": [{"role": "user"}, {"role": "assistant", "content": WHOLE}]}),
+    "other_keys, several at once": json.dumps([{"advisor": a, **analysis(n)} for n, a in NAMED]),
     "wrapped for several": json.dumps({"weston": analysis(2), "ansel": analysis(1)}),
     "comments": "{ // the answer\n" + WHOLE[1:],
     "key_names": WHOLE.replace("overall_score", "overallScore").replace('"name"', '"Title"').replace('"dim', '"Dim'),
@@ -136,13 +140,17 @@ def test_pages_that_are_wrapped_in_something(text):
 def test_answers_that_are_wrapped_in_something(name):
     job = {"id": "one", "analysis_markdown": WRAPPED[name], "llm_outputs": None, "prompt": ""}
     found = find_analysis(job, "ansel", AnalysisFiles(None), asked_by((SYSTEM_PROMPT,), None))
-    assert found.analysis == analysis(1) and name.split()[0] in found.mends
+    job = {**job, "analysis_markdown": None, "llm_outputs": WRAPPED[name]}
+    assert find_analysis(job, "ansel", AnalysisFiles(None), asked_by((SYSTEM_PROMPT,), None)).analysis == analysis(1)
+    assert found.analysis == analysis(1) and name.split()[0].strip(",") in found.mends
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         (json.dumps({"weston": analysis(2)}), "wrong_advisor"),
+        (json.dumps([{"advisor": a, **analysis(n)} for n, a in NAMED if n != 1]), "wrong_advisor"),
+        (json.dumps([{"advisor": a, "response": WHOLE} for n, a in NAMED if n != 1]), "wrong_advisor"),
         (json.dumps({"response": WHOLE[:300]}), "truncated_json"),
         (json.dumps(WHOLE[:300]), "truncated_json"),
         ("{ // the answer\n" + WHOLE[1:].replace('"score":', '"score"='), "invalid_json"),

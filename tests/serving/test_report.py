@@ -252,3 +252,11 @@ def test_only_jobs_of_a_test_are_read_for_it(jobs, tmp_path):
     assert [job.arm for job in read_jobs(jobs, in_test=True)] == ["ab_test_base"] * 2
     old = make_db(tmp_path / "old.db", "CREATE TABLE jobs (id TEXT PRIMARY KEY, status TEXT)", rows=3)
     assert read_jobs(old, in_test=True) == [] and len(read_jobs(old)) == 3
+
+
+def test_scores_of_another_range_count_in_points_of_ten(jobs):
+    with contextlib.closing(sqlite3.connect(jobs)) as db, db:
+        db.execute("CREATE TABLE config (key, value)")
+        db.execute("INSERT INTO config (key, value) VALUES ('system_prompt', 'Score each dimension from 0 to 100.')")
+    fill(jobs, "ab_test_base", [80, 45.0, 700])
+    assert [(job.valid, job.score) for job in read_jobs(jobs)] == [(True, 8.0), (True, 4.5), (True, None)]
