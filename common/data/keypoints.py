@@ -19,7 +19,7 @@ import numpy as np
 POINTS = 32  # keypoints of a thumbnail, its strongest
 _CONTRAST = 0.005  # of keypoints, as SIFT counts it: 0.2 levels
 _BITS = 256
-_DIFFERENT = 52  # bits in which matching codes may differ; one of 1,000 pairs of unlike keypoints differs in 58 or less
+_DIFFERENT = 44  # bits in which matching codes may differ; one of 1,000 pairs of unlike keypoints differs in 58 or less
 _ORDERS = 16  # times that the codes are sorted
 _NEXT = 8  # codes next to each that it is compared with
 _BLOCK = 1 << 16  # codes compared at a time

@@ -37,8 +37,7 @@ _LEVELS = 32.0  # steps a standard deviation of brightness in the thumbnail's by
 FLAT = 0.35  # standard deviation of brightness below which a picture has no structure
 FLAT_COLOR = 4.0  # levels by which the colors of pictures without structure may differ
 _NOISE = 1.0  # strength of detail, in the thumbnail's levels, that may be noise of its making
-_PLACED = 0.2  # share of a side by which keypoints may move a corner: more is no crop of 10% or tilt of 3 degrees
-_MOVED = 0.11  # share of a side by which registration may then move it
+_MOVED = 0.15  # share of a side by which a corner may be moved: more is no crop of 10% or tilt of 3 degrees
 _STEPS = 30  # of registration
 _OVERLAP = 0.6  # share of the thumbnail that both pictures must show
 
@@ -105,28 +104,24 @@ def _agree(one: np.ndarray, other: np.ndarray, start: np.ndarray, agreement: flo
 
     ``start`` is the affine map [2, 3] from places in ``one`` to places in ``other`` from which registration starts.
     """
-    if _moved(start, np.eye(2, 3)) > _PLACED:
+    import cv2  # a fifth of a second that --help does without
+
+    one, other, start = (part.astype(np.float32) for part in (one, other, start))
+    if not _is_near(start):
         return False
-    return _registered(*(part.astype(np.float32) for part in (one, other, start))) >= agreement
-
-
-def _moved(place: np.ndarray, start: np.ndarray) -> float:
-    """Return how far an affine map moves a corner from where another one does, in shares of the side."""
-    corners = np.array([[0, 1, 0, 1], [0, 0, 1, 1]])
-    return float(np.abs((place - start)[:, :2] @ corners + (place - start)[:, 2:] / SIDE).max())
-
-
-def _registered(one: np.ndarray, other: np.ndarray, start: np.ndarray) -> float:
-    """Return the correlation of detail where registration ends, or where it starts if that is better."""
-    import cv2
-
-    best = _overlaid(one, other, start)
+    if _overlaid(one, other, start) >= agreement:
+        return True
     end = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, _STEPS, 1e-3)
     with contextlib.suppress(cv2.error):  # which says that it does not converge
-        place = cv2.findTransformECC(one, other, start.copy(), cv2.MOTION_AFFINE, end, None, 5)[1]
-        if _moved(place, start) <= _MOVED:
-            best = max(best, _overlaid(one, other, place))
-    return best
+        place = cv2.findTransformECC(one, other, start, cv2.MOTION_AFFINE, end, None, 5)[1]
+        return _is_near(place) and _overlaid(one, other, place) >= agreement
+    return False
+
+
+def _is_near(place: np.ndarray) -> bool:
+    """Tell whether an affine map leaves the corners about where they are."""
+    corners = np.array([[0, 1, 0, 1], [0, 0, 1, 1]])
+    return bool(np.abs((place[:, :2] - np.eye(2)) @ corners + place[:, 2:] / SIDE).max() <= _MOVED)
 
 
 def _overlaid(one: np.ndarray, other: np.ndarray, place: np.ndarray) -> float:
