@@ -6,7 +6,7 @@
 
 A thumbnail has up to 32 SIFT keypoints (Lowe 2004, in OpenCV). Each becomes a code of 256 bits, the signs of random
 projections of its descriptor, and another one as in a mirror. All codes are sorted 16 times, each time by other bits
-first, and each is compared with the few that come next to it (Charikar 2002, section 3). So time and memory grow with
+first, and each is compared with the few that come next to it (Charikar 2002). So time and memory grow with
 the number of thumbnails and not with its square. Two keypoints match where their codes differ in few bits and where
 they are in about the same place, as large and as turned, once one picture is mirrored or turned by quarters.
 """
@@ -19,7 +19,7 @@ import numpy as np
 POINTS = 32  # keypoints of a thumbnail, its strongest
 _CONTRAST = 0.005  # of keypoints, as SIFT counts it: 0.2 levels
 _BITS = 256
-_DIFFERENT = 44  # bits in which matching codes may differ; one of 1,000 pairs of unlike keypoints differs in 58 or less
+_DIFFERENT = 44  # bits in which matching codes may differ; one of 1,000 pairs of unlike ones differs in 50 or less
 _ORDERS = 16  # times that the codes are sorted
 _NEXT = 8  # codes next to each that it is compared with
 _BLOCK = 1 << 16  # codes compared at a time

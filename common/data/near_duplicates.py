@@ -9,7 +9,7 @@ follow each other:
 - Decision: from there an affine registration maximizes their correlation (ECC, Evangelidis and Psarakis 2008, in
   OpenCV), and the detail of both is compared: what is left of each where its blurred self is taken away. Copies of real
   photographs agree there by 0.8 and more, different pictures of the same brightness (landscapes, fog, night, pages of
-  text) by less than 0.2.
+  text) by less than 0.25.
 
 A picture inside a plain border has a second thumbnail, of what the border frames. Groups are transitive: if A is a
 near-duplicate of B and B of C, all three are one group, though A and C may differ more.

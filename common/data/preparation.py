@@ -44,7 +44,7 @@ class DataOptions:
     keep: str  # "newest" or "all"
     val_split: float
     seed: int
-    duplicate_distance: int  # see `near_pairs`
+    duplicate_distance: int  # see `group_photos`
     resplit: bool
     base_model: str
     max_seq_length: int
