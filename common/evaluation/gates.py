@@ -61,8 +61,9 @@ VERDICTS = {
 }
 BLOCKING = ("fail", "not measured", "unlikely")
 ARMS = ("base", "candidate", "deployed", "base+grammar", "candidate+grammar", "candidate+expected", "constant")
-HELP = {  # what may mend a gate that fails, by the beginning of its figure
-    "format": "more examples or epochs; the report shows each answer and what is wrong with it",
+MORE_DATA = "more examples or epochs"
+HELP = {  # what may mend a gate that fails or is unlikely, by the beginning of its figure
+    "format": f"{MORE_DATA}; the report shows each answer and what is wrong with it",
     "loss": "a lower learning rate, fewer epochs or more examples; see loss_curve.png beside the adapter",
     "speed": "a lower rank (--lora_r), or a measurement on a quiet machine",
 }
@@ -249,9 +250,10 @@ def _verdict(gate: Gate, summary: Summary, decided: dict[str, dict]) -> dict:
         if base and base.value is not None and not gate.meets(base.value):
             own = "" if gate.arm == "base" else f" ({format_value(gate.figure, base.value)})"
             return row("reported", f"{reason}; the base alone misses it{own}, so it is not held against the adapter")
-    if verdict == "fail":
-        return row(verdict, reason, HELP.get(gate.figure.partition(".")[0], ""))
-    return row(verdict, reason, _decides(gate, figure, noun) if verdict != "pass" else "")
+    decides = [_decides(gate, figure, noun)] if verdict in ("likely", "unlikely") else []
+    if verdict in ("unlikely", "fail"):
+        decides.append(HELP.get(gate.figure.partition(".")[0], MORE_DATA))
+    return row(verdict, reason, "; or ".join(decides))
 
 
 def _writes_nothing(base: dict[str, Figure]) -> bool:

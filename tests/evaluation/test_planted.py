@@ -170,6 +170,9 @@ def test_exit_code_follows_the_worst_gate(case, gate, arguments, code, word):
     assert (result.exit_code, verdict["word"], verdict["promotable"]) == (code, word, code == 0), result.output
     assert ("Good enough; promotion needs a run of the model" in result.stdout) == (code == 0)
     assert ("blocked by" in verdict["headline"]) == (code != 0)
+    if word == "unlikely":  # what would settle it, and what may mend it
+        told = "no more than 1 fault; you have 20; or more examples or epochs; the report shows"
+        assert any(told in sentence for sentence in verdict["decides"])
 
 
 def good(rows: list[dict], count: int) -> list[dict]:
