@@ -297,8 +297,9 @@ class KernelBatch:
         self.meta = None  # of the next step, on the device; None after the rows have changed
 
     def longest_draft(self, rows: int) -> int:
-        """Return how many tokens of a row one pass can verify: up to 8 in all, for which the kernel is fastest."""
-        return 8 // rows
+        """Return how many tokens of a row one pass can verify: 8, for which the kernel is fastest, of a single row.
+        Passes over several tokens of several rows were not tried on a GPU."""
+        return 8 if rows == 1 else 1
 
     def admit(self, row: Row) -> mx.array:
         """Prefill a prompt and add it to the batch; return the logits of its first token, [1, V]."""

@@ -1,4 +1,4 @@
-"""Draft tokens for one row: guesses that a single pass of the model verifies, so that the output stays what it is.
+"""Draft tokens for a row: guesses that a single pass of the model verifies, so that the output stays what it is.
 
 Three sources, in this order: what the answer's schema forces (keys, names, punctuation), the adapter's phrasebook, and
 the answer so far. A draft has the length that promises most tokens a second, by the measured times of passes and the
@@ -6,7 +6,6 @@ measured luck of each source. Where drafting turns out slower than single steps 
 in a pause what the schema forces is still verified in one pass where that pays.
 """
 
-import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -41,6 +40,11 @@ class Pace:
     tokens: int = 0  # of all answers
     passes: int = 0
 
+    @property
+    def resting(self) -> bool:
+        """Whether single steps are to be made now: for their time, or because drafting did not pay."""
+        return self.timed < FIRST or self.off > 0
+
     def step(self, count: int, seconds: float | None) -> None:
         """Note ``count`` single steps; ``seconds`` of one where it could be told."""
         if seconds is not None:
@@ -55,10 +59,10 @@ class Pace:
         else:
             self.seconds[tokens] = _mean(self.seconds.get(tokens), seconds)
 
-    def judge(self, won: int, seconds: float) -> None:
-        """Note what a pass won in how long; begin a pause where the last ones were slower than single steps."""
+    def judge(self, won: float, seconds: float) -> None:
+        """Note what a pass won a row in how long; begin a pause where the last ones were slower than single steps."""
         if self.off:  # a pass within a pause
-            self.off -= min(won, self.off)
+            self.off -= min(int(won), self.off)
             return
         self.judged.append((won, seconds))
         if len(self.judged) < WINDOW:
@@ -102,12 +106,6 @@ class Drafter:
         self._rates = {"schema": 0.97, "phrasebook": 0.9, **OWN}  # how often a source's guess held, running
         self._sources: list[str | int] = []
         self._known = 0  # tokens of the answer that were taken in
-        self._started = self._verified = 0.0
-
-    @property
-    def resting(self) -> bool:
-        """Whether single steps are to be made now: for their time, or because drafting did not pay."""
-        return self.pace.timed < FIRST or self.pace.off > 0
 
     @property
     def watching(self) -> bool:
@@ -121,9 +119,9 @@ class Drafter:
         count = len(self._matcher.forced()) if self._matcher else 0
         return count > 1 and count * self.pace.single > self.pace.cost(count)
 
-    def propose(self, tokens: list[int], longest: int) -> list[int]:
-        """Guess what follows the answer so far: at most ``longest`` tokens, none where nothing is likely."""
-        self._started = time.perf_counter()
+    def guess(self, tokens: list[int], longest: int) -> tuple[list[int], list[float]]:
+        """Guess what follows the answer so far: at most ``longest`` tokens, none where nothing is likely. Return them
+        and of each the chance that it and all before it hold."""
         self._learn(tokens)
         draft, chances, sources, chance = [], [], [], 1.0
         for token in (self._matcher.forced() if self._matcher and longest > 0 else [])[:longest]:
@@ -141,21 +139,13 @@ class Drafter:
             context.append(token)
             sources.append(source)
             chances.append(chance)
-        length = self.pace.length(chances)
-        self._sources = sources[:length]
-        return draft[:length]
+        self._sources = sources
+        return draft, chances
 
-    def verifying(self) -> None:
-        """The pass begins."""
-        self._verified = time.perf_counter()
-
-    def taken(self, run: int, held: int, gained: int) -> None:
-        """Note a pass of ``run`` tokens in which ``held`` of the guesses held; ``gained`` of them were wanted."""
-        now = time.perf_counter()
-        self.pace.note(run, now - self._verified)
-        for at, source in enumerate(self._sources[: held + 1]):
+    def note(self, verified: int, held: int) -> None:
+        """Note how many of the last guesses were verified, and held."""
+        for at, source in enumerate(self._sources[: min(verified, held + 1)]):
             self._rates[source] += 0.1 * ((at < held) - self._rates[source])
-        self.pace.judge(gained + 1, now - self._started)
 
     @property
     def _matcher(self) -> Matcher | None:

@@ -126,7 +126,8 @@ class Engine:
         self.kernel_refusal = decode_kernel.refusal(self.model)  # why steps run as plain MLX operations
         self.kernel = None if self.kernel_refusal else DecodeKernel(self.model)
         self.stop = stop_tokens(base)
-        self.paces: dict[tuple[bool, bool, bool], Pace] = {}  # by kind: with adapter, with phrasebook, under a grammar
+        # by kind of answer: with an adapter, with a phrasebook, under a grammar; and by rows that run together
+        self.paces: dict[tuple[bool, bool, bool, int], Pace] = {}
         self._ready: dict[int, tuple] = {}  # id of an adapter -> a weak reference to it, its layers, how they are held
 
     def text(self, tokens: list[int]) -> str:
@@ -186,7 +187,7 @@ class Engine:
         """Return what a pass through the model brought in drafted answers, prefill among them: "base" and "adapter"."""
         found = {}
         for arm in (False, True):
-            kinds = [pace for (adapted, _, _), pace in self.paces.items() if adapted == arm and pace.passes]
+            kinds = [pace for (adapted, *_), pace in self.paces.items() if adapted == arm and pace.passes]
             if kinds:
                 passes = sum(pace.passes for pace in kinds)
                 found["adapter" if arm else "base"] = round(sum(pace.tokens for pace in kinds) / passes, 2)
@@ -199,6 +200,7 @@ class Engine:
         pending, slots = collections.deque(requests), []
         batch = self._batch(adapter, min(batch_size, max(1, len(pending))))
         phrasebook = getattr(adapter, "phrasebook", None)
+        kind = adapter is not None, phrasebook is not None
         tokens = None  # the newest of each row, int32 [B], perhaps not computed yet
         read_at = None  # when the last tokens were read, if single steps came of them
         while pending or slots:
@@ -207,17 +209,17 @@ class Engine:
                 slot = _Slot(request, int(request.row.position_ids.max()) + 1)
                 slot.matcher = request.grammar.matcher() if request.grammar else None
                 if drafting and sampling.temperature <= 0:
-                    kind = adapter is not None, phrasebook is not None, slot.matcher is not None
-                    pace = self.paces.setdefault(kind, Pace())
+                    pace = self.paces.setdefault((*kind, slot.matcher is not None, 1), Pace())
                     slot.drafter = Drafter(pace, phrasebook, request.schema, slot.matcher)
                 logits = batch.admit(request.row)
                 token = self._choose(mx.argmax(logits, axis=-1).astype(mx.int32), logits, [slot], sampling)
                 slots.append(slot)
                 tokens = token if tokens is None else mx.concatenate([tokens, token])
                 read_at = None
-            drafter = slots[0].drafter if batch.longest_draft(len(slots)) and len(slots) == 1 else None
-            watching = drafter and drafter.resting and drafter.watching
-            verifies = drafter and (drafter.foresees(slots[0].tokens) if watching else not drafter.resting)
+            pace = self._pace(batch, slots, kind)
+            drafter = slots[0].drafter if pace and len(slots) == 1 else None
+            watching = drafter and pace.resting and drafter.watching
+            verifies = pace and (drafter.foresees(slots[0].tokens) if watching else not pace.resting)
             chain, following = [tokens], None
             if not any(slot.matcher for slot in slots) and not verifies:
                 # launched before the tokens are read, so that the accelerator never waits for Python
@@ -235,15 +237,16 @@ class Engine:
                         alive.remove(at)
                     yield slot, [] if finish == "stop" else [token], finish
             kept, now = alive, time.perf_counter()
-            if drafter and (read_at or following is not None):
-                drafter.pace.step(len(chain), (now - read_at) / len(chain) if read_at else None)
+            if pace and (read_at or following is not None):
+                pace.step(len(chain), (now - read_at) / len(chain) if read_at else None)
             read_at = None if verifies else now
             if following is None and kept:
                 slots, tokens = _keep(kept, slots, tokens, batch)
                 if verifies:
-                    following, finish, gained = self._drafted(batch, slots[0], max_tokens)
-                    yield slots[0], gained, finish
-                    kept = [] if finish else [0]
+                    following, gains = self._drafted(batch, slots, pace, max_tokens)
+                    for slot, (gained, finish) in zip(slots, gains, strict=True):
+                        yield slot, gained, finish
+                    kept = [at for at, (_, finish) in enumerate(gains) if not finish]
                 else:
                     # under a grammar the next mask depends on this token, so finished rows are dropped first
                     following, kept = self._step(batch, slots, tokens, sampling), list(range(len(slots)))
@@ -258,42 +261,72 @@ class Engine:
             slot.passes += 1
         return self._choose(best, logits, slots, sampling)
 
-    def _drafted(self, batch, slot: _Slot, max_tokens: int) -> tuple[mx.array | None, str | None, list[int]]:
-        """Verify a guess of what follows the row's newest token; return the token after it (for the loop to take), or
-        why the row ends, and the tokens that held."""
-        drafter, matcher = slot.drafter, slot.matcher
-        longest = min(batch.longest_draft(1) - 1, max_tokens - len(slot.tokens) - 1)
-        draft = drafter.propose(slot.tokens, longest)
-        masks = []
+    def _pace(self, batch, slots: list[_Slot], kind: tuple[bool, bool]) -> Pace | None:
+        """Return how fast these rows get on together; None where nothing can be drafted for them."""
+        bound = any(slot.matcher for slot in slots)
+        if batch.longest_draft(len(slots)) < 2 or not all(slot.drafter for slot in slots) or bound and len(slots) > 1:
+            return None
+        return self.paces.setdefault((*kind, bound, len(slots)), Pace())
+
+    def _drafted(
+        self, batch, slots: list[_Slot], pace: Pace, max_tokens: int
+    ) -> tuple[mx.array | None, list[tuple[list[int], str | None]]]:
+        """Verify a guess of what follows each row's newest token; return the tokens after them, int32 [B] (for the loop
+        to take), and of each row the tokens that held and why it ends, None while it goes on."""
+        started = time.perf_counter()
+        longest = min(batch.longest_draft(len(slots)), max_tokens - max(len(slot.tokens) for slot in slots)) - 1
+        guesses = [slot.drafter.guess(slot.tokens, longest) for slot in slots]
+        chances = np.zeros((len(slots), longest))
+        for row, (_, known) in zip(chances, guesses, strict=True):
+            row[: len(known)] = known
+        length = pace.length(list(chances.mean(axis=0)))
+        drafts = [draft[:length] for draft, _ in guesses]
+        masks, matcher = [], slots[0].matcher  # of the only row, if any
         if matcher:
-            for at, token in enumerate([*draft, None]):
-                masks.append(matcher.allowed(self.vocabulary))
-                if token is None or not masks[-1][token]:
-                    draft = draft[:at]
-                    break
-                matcher.consume(token)
-            matcher.back(len(draft))
-        drafter.verifying()
-        best, logits = batch.verify([[slot.tokens[-1], *draft]], bool(masks or slot.request.watched))
+            masks, drafts[0] = self._masks(matcher, drafts[0])
+        length = max(map(len, drafts))
+        runs = [
+            [slot.tokens[-1], *draft, *[0] * (length - len(draft))] for slot, draft in zip(slots, drafts, strict=True)
+        ]
+        verified = time.perf_counter()
+        best, logits = batch.verify(runs, bool(masks) or any(slot.request.watched for slot in slots))
         if masks:
             best = mx.argmax(mx.where(mx.array(np.stack(masks)), logits[0], -mx.inf), axis=-1)[None]
-        found = best[0].tolist()
-        held = next((at for at, token in enumerate(draft) if token != found[at]), len(draft))
-        if held < len(draft):
-            batch.take_back([len(draft) - held])
-        slot.passes += 1
-        slot.position += held + 1
-        if slot.request.watched:
-            slot.seen.append(_log_probabilities(logits[0, : held + 1], slot.request.watched))
-        gained, finish = [], None
-        for token in draft[:held]:
-            finish = self._take(slot, token, max_tokens)
-            if finish != "stop":
-                gained.append(token)
-            if finish:
-                break
-        drafter.taken(len(draft) + 1, held, len(gained))
-        return (None if finish else mx.array([found[held]], mx.int32)), finish, gained
+        found = best.tolist()
+        pace.note(length + 1, time.perf_counter() - verified)
+        held = [
+            next((at for at, token in enumerate(draft) if token != tokens[at]), len(draft))
+            for draft, tokens in zip(drafts, found, strict=True)
+        ]
+        if min(held) < length:
+            batch.take_back([length - count for count in held])
+        gains = []
+        for at, (slot, draft, count) in enumerate(zip(slots, drafts, held, strict=True)):
+            slot.drafter.note(len(draft), count)
+            slot.passes += 1
+            slot.position += count + 1
+            if slot.request.watched:
+                slot.seen.append(_log_probabilities(logits[at, : count + 1], slot.request.watched))
+            gained, finish = [], None
+            for token in draft[:count]:
+                finish = self._take(slot, token, max_tokens)
+                if finish != "stop":
+                    gained.append(token)
+                if finish:
+                    break
+            gains.append((gained, finish))
+        pace.judge(1 + sum(len(gained) for gained, _ in gains) / len(slots), time.perf_counter() - started)
+        return mx.array([tokens[count] for tokens, count in zip(found, held, strict=True)], mx.int32), gains
+
+    def _masks(self, matcher: Matcher, draft: list[int]) -> tuple[list[np.ndarray], list[int]]:
+        """Return which tokens may stand at each place of a draft and after it, and the draft as far as it may stand."""
+        masks = []
+        for at, token in enumerate([*draft, None]):
+            masks.append(matcher.allowed(self.vocabulary))
+            if token is None or not masks[-1][token]:
+                matcher.back(at)
+                return masks, draft[:at]
+            matcher.consume(token)
 
     def _take(self, slot: _Slot, token: int, max_tokens: int) -> str | None:
         """Add a token to a row; return why the row ends, None while it goes on."""

@@ -279,8 +279,8 @@ class Batch:
         self.positions = np.zeros(0, np.int64)  # of each row's next token, in M-RoPE's count
 
     def longest_draft(self, rows: int) -> int:
-        """Return how many tokens of a row one pass can verify: here of a single row, all stand in the same columns."""
-        return 16 if rows == 1 else 0
+        """Return how many tokens of a row one pass can verify."""
+        return 16 if rows == 1 else 4
 
     def admit(self, row: Row) -> mx.array:
         """Prefill a prompt and add it to the batch; return the logits of its first token, [1, V]."""
@@ -307,7 +307,7 @@ class Batch:
 
     def take_back(self, counts: list[int]) -> None:
         """Forget the last tokens of each row's last `verify`."""
-        self.cache.used -= counts[0]
+        self.cache.take_back(counts)
         self.positions = self.positions - np.array(counts)
 
     def keep(self, rows: list[int]) -> None:
@@ -316,13 +316,15 @@ class Batch:
 
 
 class Cache:
-    """Keys and values of the running rows, right-aligned: row b holds its columns pads[b] .. used - 1."""
+    """Keys and values of the running rows, right-aligned: row b holds its columns pads[b] .. used - 1, without its
+    ``holes``: there stood guesses that did not hold while another row's did."""
 
     def __init__(self, layers: int):
         self.keys: list[mx.array] = [None] * layers  # [B, heads, columns, head_dim]
         self.values: list[mx.array] = [None] * layers
         self.used, self.added = 0, 0
         self.pads = np.zeros(0, dtype=np.int32)
+        self.holes = np.zeros((0, 0), dtype=bool)  # [B, used]
 
     def add(self, keys: list[mx.array], values: list[mx.array]) -> None:
         """Add one prefilled row ([1, heads, L, head_dim] a layer) at the end of the batch."""
@@ -333,6 +335,7 @@ class Cache:
                 old = [] if store[i] is None else [_aligned(store[i][:, :, : self.used], columns)]
                 store[i] = mx.concatenate([*old, _aligned(array, columns)])
         self.pads = np.append(self.pads + (columns - self.used), columns - length).astype(np.int32)
+        self.holes = np.pad(self.holes, [(0, 1), (columns - self.used, 0)])
         self.used = columns
 
     def keep(self, rows: list[int]) -> None:
@@ -340,13 +343,25 @@ class Cache:
         if not rows:
             self.__init__(len(self.keys))
             return
-        self.pads = self.pads[rows]
+        self.pads, self.holes = self.pads[rows], self.holes[rows]
         first, at = int(self.pads.min()), mx.array(rows)
+        kept = slice(first, self.used)
+        if self.holes.all(axis=0)[kept].any():  # as where one row is left: all of its holes go
+            kept = np.flatnonzero(~self.holes.all(axis=0)[kept]) + first
+        columns = kept if isinstance(kept, slice) else mx.array(kept)
         for store in (self.keys, self.values):
             for i, array in enumerate(store):
-                store[i] = array[at, :, first : self.used]
-        self.pads = self.pads - first
-        self.used -= first
+                store[i] = array[at][:, :, columns]
+        self.holes = self.holes[:, kept]
+        self.pads, self.used = self.pads - first, self.holes.shape[1]
+
+    def take_back(self, counts: list[int]) -> None:
+        """Forget the last columns of each row, ``counts`` of them."""
+        least = min(counts)
+        self.used -= least
+        self.holes = self.holes[:, : self.used]
+        for row, count in enumerate(counts):
+            self.holes[row, self.used - (count - least) :] = True
 
     def advance(self, count: int = 1) -> mx.array | None:
         """Make room for ``count`` more columns; return the mask of the columns that each new one sees, bool
@@ -356,9 +371,10 @@ class Cache:
                 for i, array in enumerate(store):
                     store[i] = mx.pad(array, [(0, 0), (0, 0), (0, GROWTH), (0, 0)])
         self.used, self.added = self.used + count, count
-        if count == 1 and not self.pads.any():
+        self.holes = np.pad(self.holes, [(0, 0), (0, count)])
+        if count == 1 and not self.pads.any() and not self.holes.any():
             return None
-        seen = np.arange(self.used) >= self.pads[:, None, None]
+        seen = (np.arange(self.used) >= self.pads[:, None, None]) & ~self.holes[:, None]
         seen = seen & (np.arange(self.used) <= self.used - count + np.arange(count)[:, None])
         return mx.array(seen[:, None])
 

@@ -3,14 +3,16 @@
     python tests/benchmarks/bench_generate.py                                   # a tiny shape, any machine
     python tests/benchmarks/bench_generate.py --shape 4b --answers FILE --tokenizer FOLDER    # Qwen3-VL-4B's, a GPU
 
-One table, all rows from one run: tokens/s while decoding, seconds an answer with vision and prefill, the share of the
-limit that reading the weights sets, operations that MLX is given a step, and tokens a pass. Random weights accept no
-draft, so answers are replayed: everything is computed, and the token taken is the answer's. --answers names a file with
-a JSON object a line: "tokens" (ids), or "response" (text) with --tokenizer; "photo" keeps a phrasebook from the answers
-about the same photograph. Without it, the sample's answers are cut into words. Base and adapter take turns answer by
-answer. Reads those files, writes none.
+One table, all rows from one run: tokens/s of all rows while decoding, seconds with vision and prefill divided by the
+answers made in them (whole ones for one row, 256 tokens each in a batch), the share of the limit that reading the weights
+sets, operations that MLX is given a step, tokens a pass, and the peak of MLX's memory. Random weights accept no draft, so
+answers are replayed: everything is computed, and the token taken is the answer's. --answers names a file with a JSON
+object a line: "tokens" (ids), or "response" (text) with --tokenizer; "photo" keeps a phrasebook from the answers about
+the same photograph. Without it, the sample's answers are cut into words. Base and adapter take turns answer by answer.
+Reads those files, writes none.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -80,13 +82,20 @@ class Bench:
     limit: float  # seconds in which the weights can be read once
     repeats: int
     rows: list[str]
+    peak: dict[str, int]  # bytes, by arm, of the rows that are printed next
 
     def row(self, way: str, arm: str, batch: int, rate: float, seconds: float, operations="", tokens_a_pass="") -> None:
         share = f"{rate / batch * self.limit:.0%}" if not tokens_a_pass else ""
         cells = [way, arm, self.bits, batch, f"{rate:,.0f}", f"{seconds:.2f}", share, operations, tokens_a_pass]
-        self.rows.append("| " + " | ".join(map(str, [*cells, f"{mx.get_peak_memory() / 1e9:.1f}"])) + " |")
+        self.rows.append("| " + " | ".join(map(str, [*cells, f"{self.peak[arm] / 1e9:.3g}"])) + " |")
         click.echo(self.rows[-1])
+
+    @contextlib.contextmanager
+    def measuring(self, arm: str) -> Iterator[None]:
+        """Keep the peak memory of what is run here for the arm's row; base and adapter take turns before it."""
         mx.reset_peak_memory()
+        yield
+        self.peak[arm] = max(self.peak.get(arm, 0), mx.get_peak_memory())
 
 
 @click.command(help=__doc__.split("\n\n")[0])
@@ -112,7 +121,7 @@ def main(shape, file, tokenizer, bits, batch_size, repeats, rank, peers) -> None
         photos = [photo(SHAPES[shape], base, number) for number in range(batch_size)]
         adapter = random_adapter(base, rank)
         limit = weight_bytes(base) / bandwidth(SHAPES[shape]["dtype"] == mx.bfloat16)
-        bench = Bench(base, photos, answers, adapter, width, limit, repeats, [])
+        bench = Bench(base, photos, answers, adapter, width, limit, repeats, [], {})
         if peers:
             guarded(mlx_vlm_rows, bench)
         guarded(engine_rows, bench, batch_size)
@@ -194,17 +203,20 @@ class Replay(Engine):
         wanted = [self.answers[int(slot.request.key)][self._place(slot) :][:1] for slot in slots]
         return (wanted[0] if len(wanted) == 1 else mx.concatenate(wanted)) + 0 * best
 
-    def _drafted(self, batch, slot, max_tokens):
-        at, answer, verify = self._place(slot) + 1, self.known[int(slot.request.key)], batch.verify
+    def _drafted(self, batch, slots, pace, max_tokens):
+        verify = batch.verify
 
         def replayed(tokens, wanted):
             best, logits = verify(tokens, wanted)
-            found = (answer + [0] * 64)[at : at + best.shape[1]]
-            return mx.array([found], mx.int32) + 0 * best, logits
+            found = []
+            for slot in slots:
+                at = self._place(slot) + 1
+                found.append((self.known[int(slot.request.key)] + [0] * 64)[at : at + best.shape[1]])
+            return mx.array(found, mx.int32) + 0 * best, logits
 
         batch.verify = replayed
         try:
-            return super()._drafted(batch, slot, max_tokens)
+            return super()._drafted(batch, slots, pace, max_tokens)
         finally:
             del batch.verify
 
@@ -226,27 +238,35 @@ def engine_rows(bench: Bench, batch_size: int) -> None:
     }
     operations = {arm: step_operations(engine, adapter, bench) for arm, adapter in arms.items()}
     for drafting in (False, True):
-        found = {arm: [] for arm in arms}
+        found, bench.peak = {arm: [] for arm in arms}, {}
         for turn, at in enumerate([chosen[0], *chosen]):  # the first compiles
             for arm in list(arms)[:: 1 if turn % 2 else -1]:
                 if arms[arm] is not None:
                     arms[arm].phrasebook = books[at] if drafting else None
-                result = one_answer(engine, bench, at, arms[arm], drafting)
+                with bench.measuring(arm):
+                    result = one_answer(engine, bench, at, arms[arm], drafting)
                 if turn:
                     found[arm].append(result)
         for arm, results in found.items():
             rate, seconds, tokens_a_pass = (statistics.median(part) for part in zip(*results, strict=True))
             shown = f"{tokens_a_pass:.2f}" if drafting else ""
             bench.row("engine, drafts" if drafting else "engine", arm, 1, rate, seconds, operations[arm], shown)
-    found = {arm: [] for arm in arms}
-    for turn in range(3):
-        for arm, adapter in list(arms.items())[:: 1 if turn % 2 else -1]:
-            result = batch_of_answers(engine, bench, batch_size, adapter, 24 if turn == 0 else 256)
-            if turn:
-                found[arm].append(result)
-    for arm, results in found.items():
-        rate, seconds = (statistics.median(part) for part in zip(*results, strict=True))
-        bench.row("engine, batch", arm, batch_size, rate, seconds)
+    for drafting in (False, True):
+        found, bench.peak = {arm: [] for arm in arms}, {}
+        for turn in range(3):
+            for arm, adapter in list(arms.items())[:: 1 if turn % 2 else -1]:
+                if adapter is not None:
+                    adapter.phrasebook = books[chosen[0]] if drafting else None
+                with bench.measuring(arm):
+                    result = batch_of_answers(engine, bench, batch_size, adapter, 24 if turn == 0 else 256, drafting)
+                if turn:
+                    found[arm].append(result)
+        for arm, results in found.items():
+            rate, seconds, tokens_a_pass = (statistics.median(part) for part in zip(*results, strict=True))
+            shown = f"{tokens_a_pass:.2f}" if drafting else ""
+            bench.row(
+                "engine, batch, drafts" if drafting else "engine, batch", arm, batch_size, rate, seconds, "", shown
+            )
 
 
 def one_answer(engine: Replay, bench: Bench, at: int, adapter, drafting: bool) -> tuple[float, float, float]:
@@ -263,17 +283,24 @@ def one_answer(engine: Replay, bench: Bench, at: int, adapter, drafting: bool) -
     return (count - first[1]) / (end - first[0]), end - start, count / slot.passes
 
 
-def batch_of_answers(engine: Replay, bench: Bench, size: int, adapter, tokens: int) -> tuple[float, float]:
-    """Return (tokens/s of all rows while decoding, seconds an answer with vision and prefill)."""
+def batch_of_answers(
+    engine: Replay, bench: Bench, size: int, adapter, tokens: int, drafting: bool = False
+) -> tuple[float, float, float]:
+    """Return (tokens/s of all rows while decoding, seconds with vision and prefill divided by the answers, tokens a
+    row and pass)."""
     start = time.perf_counter()
     rows = [vlm.prepare_row(bench.base, encoded) for encoded in bench.photos[:size]]
-    requests = [Request(row, str(at % len(bench.answers))) for at, row in enumerate(rows)]
-    first, count = None, 0
-    for _, gained, _ in engine._decode(requests, size, tokens, engines.Sampling(), adapter, False):
+    numbers = [at % len(bench.answers) for at in range(size)]
+    requests = [
+        Request(row, str(at), schema=bench.answers[at]["schema"]) for at, row in zip(numbers, rows, strict=True)
+    ]
+    first, count, slots = None, 0, {}
+    for slot, gained, _ in engine._decode(requests, size, tokens, engines.Sampling(), adapter, drafting):
         first = first or time.perf_counter()
         count += len(gained)
-    end = time.perf_counter()
-    return (count - size) / (end - first), (end - start) / size
+        slots[id(slot)] = slot
+    end, passes = time.perf_counter(), sum(slot.passes for slot in slots.values())
+    return (count - size) / (end - first), (end - start) / size, count / passes
 
 
 def step_operations(engine: Engine, adapter, bench: Bench) -> int:
@@ -291,10 +318,12 @@ def mlx_vlm_rows(bench: Bench) -> None:
     """Time mlx-vlm's own generation, the first tokens of an answer."""
     for arm, adapter in (("base", None), ("adapter", bench.adapter)):
         vlm.use_adapter(bench.base, adapter)
+        bench.peak = {}
         try:
             list(mlx_vlm_tokens(bench.base, bench.photos[0], 4))
-            start = time.perf_counter()
-            times = [time.perf_counter() for _ in mlx_vlm_tokens(bench.base, bench.photos[0], COMPARED)]
+            with bench.measuring(arm):
+                start = time.perf_counter()
+                times = [time.perf_counter() for _ in mlx_vlm_tokens(bench.base, bench.photos[0], COMPARED)]
         finally:
             vlm.use_adapter(bench.base, None)
         step = (times[-1] - times[8]) / (len(times) - 9)

@@ -56,6 +56,11 @@ def always(monkeypatch):
     monkeypatch.setattr(Pace, "judge", lambda self, *rest: None)
 
 
+def propose(drafter: Drafter, tokens: list[int], longest: int) -> list[int]:
+    draft, chances = drafter.guess(tokens, longest)
+    return draft[: drafter.pace.length(chances)]
+
+
 def text_row(ids) -> vlm.Row:
     ids = np.asarray(ids, dtype=np.int32)
     positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
@@ -75,6 +80,17 @@ def test_hundreds_of_answers_are_the_same_with_drafts(engine, adapter, requests,
         del adapter.phrasebook
     assert len({tuple(found) for found in plain.values()}) > ANSWERS / 2
     assert passes < 0.8 * tokens
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_hundreds_of_answers_are_the_same_with_drafts_in_batches(engine, adapter, requests, plain, always, batch_size):
+    adapter.phrasebook = Continuations([plain[str(at)] for at in range(0, ANSWERS, 3)])
+    try:
+        answers = list(engine.generate(requests, batch_size, TOKENS, adapter=adapter))
+    finally:
+        del adapter.phrasebook
+    assert {answer.key: answer.tokens for answer in answers} == plain
+    assert sum(answer.passes for answer in answers) < 0.9 * sum(len(answer.tokens) for answer in answers)
 
 
 def test_the_base_drafts_from_its_own_text(engine, requests, always):
@@ -114,18 +130,18 @@ def test_drafting_pauses_where_it_does_not_pay_and_in_later_answers_too():
         """Verify two tokens a pass for as long as it takes to judge; return whether drafting rests then."""
         pace.judged.clear()
         for _ in range(WINDOW):
-            assert not Drafter(pace, None, None, None).resting
+            assert not pace.resting
             pace.judge(2, seconds)
-        return Drafter(pace, None, None, None).resting
+        return pace.resting
 
     assert not passes(1.9)
     assert passes(2.2)
     pace.step(PAUSE - 1, None)
-    assert Drafter(pace, None, None, None).resting
+    assert pace.resting
     pace.step(1, None)
     assert passes(2.2)  # it was tried again; for twice as long now
     pace.step(PAUSE, None)
-    assert Drafter(pace, None, None, None).resting
+    assert pace.resting
     pace.judge(PAUSE, 9.0)  # a pass within a pause, over what the schema forces, is not judged
     assert not passes(1.9)
 
@@ -134,13 +150,13 @@ def test_single_steps_are_timed_at_first_and_now_and_then():
     pace = Pace()
     drafter = Drafter(pace, None, None, None)
     pace.step(FIRST, None)  # no time could be told
-    assert drafter.resting and not drafter.watching
+    assert pace.resting and not drafter.watching
     pace.step(FIRST, 0.5)
-    assert not drafter.resting and pace.single == 0.5
+    assert not pace.resting and pace.single == 0.5
     pace.count(RETIMED - 1, 400)
-    assert not Drafter(pace, None, None, None).resting
+    assert not pace.resting
     pace.count(1, 1)
-    assert Drafter(pace, None, None, None).resting
+    assert pace.resting
     assert (pace.tokens, pace.passes) == (RETIMED, 401)
 
 
@@ -164,7 +180,7 @@ class Forcing:
 def test_what_the_schema_forces_is_verified_in_a_pause_too(engine, adapter, requests, plain, monkeypatch):
     monkeypatch.setattr(Pace, "cost", lambda self, tokens: 1.1 * self.single)
     for key in ("0", "1", "2"):
-        engine.paces[True, False, False] = pace = Pace(1.0, timed=FIRST, off=10**6)
+        engine.paces[True, False, False, 1] = pace = Pace(1.0, timed=FIRST, off=10**6)
         request = Request(requests[int(key)].row, key, schema=Forcing(plain[key]))
         (answer,) = engine.generate([request], 1, TOKENS, adapter=adapter)
         assert answer.tokens == plain[key]
@@ -180,7 +196,7 @@ def test_answers_under_a_grammar_are_timed_and_drafted_too(engine, requests):
     grammar = Grammar(engine.base, answer_schema(PromptSpecification(DIMENSIONS)))
     for _ in range(2):
         list(engine.generate([Request(requests[0].row, "0", grammar=grammar)], 1, 40))
-    pace = engine.paces[False, False, True]
+    pace = engine.paces[False, False, True, 1]
     assert pace.single and pace.met
     engine.paces.clear()
 
@@ -195,13 +211,13 @@ def test_the_first_pass_of_a_width_does_not_count():
 def test_a_draft_is_as_long_as_its_chances_are_worth():
     sure, unsure = [[1, 2, 3, 4, 5, 6]], [[1, 2, 3], [1, 2, 4], [1, 2, 5], [1, 2, 6]]
     pace = Pace(1.0, seconds={1: 1.0, 8: 1.7})  # 0.1 a token
-    assert Drafter(pace, Continuations(sure), None, None).propose([1], 8) == [2, 3, 4, 5, 6]
-    assert Drafter(pace, Continuations(unsure), None, None).propose([1], 8)[0] == 2
+    assert propose(Drafter(pace, Continuations(sure), None, None), [1], 8) == [2, 3, 4, 5, 6]
+    assert propose(Drafter(pace, Continuations(unsure), None, None), [1], 8)[0] == 2
     pace.seconds[8] = 1 + 0.5 * 7  # half a step a token: one chance in four is too little
-    assert Drafter(pace, Continuations(unsure), None, None).propose([1], 8) == [2]
-    assert Drafter(pace, Continuations(sure), None, None).propose([1], 2) == [2, 3]
+    assert propose(Drafter(pace, Continuations(unsure), None, None), [1], 8) == [2]
+    assert propose(Drafter(pace, Continuations(sure), None, None), [1], 2) == [2, 3]
     pace.seconds[2] = pace.seconds[8] = 3.0  # two tokens for the time of three: none is worth it
-    assert Drafter(pace, Continuations(unsure), None, None).propose([1], 8) == []
+    assert propose(Drafter(pace, Continuations(unsure), None, None), [1], 8) == []
     assert pace.length([0.9, 0.9, 0.9]) == 3  # four tokens for it are
     assert pace.cost(16) == pytest.approx(3.8)
 
@@ -211,7 +227,7 @@ def test_the_schema_is_followed_until_an_answer_leaves_it(engine):
     encode = lambda text: engine.base.processor.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     pace = Pace(single=1.0, timed=FIRST)
     drafter, tokens = Drafter(pace, None, grammar, None), encode('{"')
-    assert engine.text(tokens + drafter.propose(tokens, 32)) == '{"image_description":"'
+    assert engine.text(tokens + propose(drafter, tokens, 32)) == '{"image_description":"'
     assert drafter.watching
     forced = Drafter(pace, None, Forcing([1, 2, 3, 4, 5, 6, 7, 8]), None)
     assert forced.foresees([1]) and not forced.foresees([1, 2, 3])  # one token alone is under way already
@@ -219,7 +235,7 @@ def test_the_schema_is_followed_until_an_answer_leaves_it(engine):
     assert not Drafter(pace, None, Forcing([1, 2, 3, 4]), None).foresees([1])  # a pass costs too much
     pace.seconds.clear()
     tokens += encode("scene")
-    assert drafter.propose(tokens, 16) == []
+    assert propose(drafter, tokens, 16) == []
     assert not drafter.watching
 
 

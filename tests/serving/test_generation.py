@@ -201,7 +201,7 @@ def test_a_finished_row_costs_no_further_step(base, adapter, requests, one_by_on
     )
     engine.stop = engine.stop | {end}
     at = firsts[key].index(end)
-    found = tokens(engine, requests[:6], 6, max_tokens=12, adapter=adapter)
+    found = tokens(engine, requests[:6], 6, max_tokens=12, adapter=adapter, drafting=False)
     assert found[key, 0] == firsts[key][:at]
     # one step was under way when the end was read; from then on five rows
     assert widths == [6] * (at + 1) + [5] * (11 - at)
