@@ -262,9 +262,14 @@ class Engine:
         return self._choose(best, logits, slots, sampling)
 
     def _pace(self, batch, slots: list[_Slot], kind: tuple[bool, bool]) -> Pace | None:
-        """Return how fast these rows get on together; None where nothing can be drafted for them."""
+        """Return how fast these rows get on together; None where nothing can be drafted for them.
+
+        Without a phrasebook a batch hardly gains (docs/benchmarks.md), so it does not try.
+        """
         bound = any(slot.matcher for slot in slots)
-        if batch.longest_draft(len(slots)) < 2 or not all(slot.drafter for slot in slots) or bound and len(slots) > 1:
+        if batch.longest_draft(len(slots)) < 2 or not all(slot.drafter for slot in slots):
+            return None
+        if len(slots) > 1 and (bound or not kind[1]):
             return None
         return self.paces.setdefault((*kind, bound, len(slots)), Pace())
 

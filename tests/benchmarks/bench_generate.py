@@ -4,12 +4,12 @@
     python tests/benchmarks/bench_generate.py --shape 4b --answers FILE --tokenizer FOLDER    # Qwen3-VL-4B's, a GPU
 
 One table, all rows from one run: tokens/s of all rows while decoding, seconds with vision and prefill divided by the
-answers made in them (whole ones for one row, 256 tokens each in a batch), the share of the limit that reading the weights
-sets, operations that MLX is given a step, tokens a pass, and the peak of MLX's memory. Random weights accept no draft, so
-answers are replayed: everything is computed, and the token taken is the answer's. --answers names a file with a JSON
-object a line: "tokens" (ids), or "response" (text) with --tokenizer; "photo" keeps a phrasebook from the answers about
-the same photograph. Without it, the sample's answers are cut into words. Base and adapter take turns answer by answer.
-Reads those files, writes none.
+answers made in them (whole ones for one row, 256 tokens each in a batch), the share of the limit that reading the
+weights sets, operations that MLX is given a step, tokens a pass, and the peak of MLX's memory. Random weights accept
+no draft, so answers are replayed: everything is computed, and the token taken is the answer's. --answers names a file
+with a JSON object a line: "tokens" (ids), or "response" (text) with --tokenizer; "photo" keeps a phrasebook from the
+answers about the same photograph. Without it, the sample's answers are cut into words. Base and adapter take turns
+answer by answer. Reads those files, writes none.
 """
 
 import contextlib
