@@ -63,7 +63,8 @@ def read_score_range(prompt: str, example_scores: tuple[float, ...] = ()) -> tup
     fitting = [end for end in ends if end >= shown]
     if fitting:
         highest = max(fitting)
-        lowest = next((low for low, high in ranges if high == highest and low <= highest / 2), None)
+        # "use the full 3-10 range" is advice to the model: an advisor's 2 is no fault
+        lowest = next((low for low, high in ranges if high == highest and low <= 1), None)
         if lowest is None or lowest > min(example_scores, default=lowest):
             lowest = 1 if highest in (3, 4, 5, 6, 7, 10) else 0
         return _plain(lowest), _plain(highest)

@@ -33,7 +33,7 @@ BANDS = "Scoring:\n- 90-100: exceptional\n- 75-89: strong\n- 60-74: average\n- 0
         (BANDS, (0, 100)),
         ("Score it, where 1 is poor and 7 is excellent.", (1, 7)),
         ("Score as a percentage (0-100%).", (0, 100)),
-        ("Score range is 3-10, NOT 7-10. Most 6-8, reserve 9-10. Reduce scores by 2-3 points.", (3, 10)),
+        ("Score range is 3-10, NOT 7-10. Most 6-8, reserve 9-10. Reduce scores by 2-3 points.", (1, 10)),
         ("All scores must be integers from 1-10.\nBe Ansel.\n- 9-10: rare\n- 0-8: the rest", (1, 10)),
         ("Most scores should be 6-8.", None),
         ("Reduce scores by 2-3 points.", None),
