@@ -138,6 +138,10 @@ $(READY): requirements.txt requirements-dev.txt
 	@sed 's/mlx\[cpu\]/mlx[$(BUILD)]/' requirements.txt > $(VENV)/requirements.txt
 	@$(VENV)/bin/pip install -qq --no-compile --disable-pip-version-check --no-input --progress-bar off \
 	  -r $(VENV)/requirements.txt -r requirements-dev.txt
+# mlx-vlm brings the OpenCV that draws windows: a server without libGL takes the one that does not
+	@$(VENV)/bin/python -c 'import cv2' 2>/dev/null || { version=$$($(VENV)/bin/pip freeze | sed -n 's/^opencv-python==//p'); \
+	  $(VENV)/bin/pip uninstall -q -y opencv-python && \
+	  $(VENV)/bin/pip install -qq --no-deps --disable-pip-version-check --no-input "opencv-python-headless==$$version"; }
 	@$(VENV)/bin/python -m common.model.blas
 # compiles the modules that the scripts import, a tenth of what pip would have
 	@env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/python evaluate_lora.py --help >/dev/null

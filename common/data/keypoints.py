@@ -13,8 +13,12 @@ they are in about the same place, as large and as turned, once one picture is mi
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from types import ModuleType
 
 import numpy as np
+
+from common.errors import UserError
+from integration.lora_patch.errors import one_line
 
 POINTS = 32  # keypoints of a thumbnail, its strongest
 _CONTRAST = 0.005  # of keypoints, as SIFT counts it: 0.2 levels
@@ -28,6 +32,15 @@ _APART = 0.15  # share of the side by which matching keypoints may lie apart
 _SIZE = 0.4  # octaves by which their sizes may differ
 _ANGLE = 15.0  # degrees by which their angles may differ
 _MATCHES = 2  # keypoints that two pictures must share
+
+
+def opencv() -> ModuleType:
+    """Return OpenCV, imported here: a fifth of a second that --help does without."""
+    try:
+        import cv2
+    except ImportError as error:  # a server without a screen may have no libGL
+        raise UserError(f'OpenCV does not load ({one_line(error)}); run "make setup" again') from error
+    return cv2
 
 
 class Keypoints:
@@ -80,8 +93,7 @@ class Keypoints:
 
         None where too few keypoints match.
         """
-        import cv2  # a fifth of a second that --help does without
-
+        cv2 = opencv()
         first, second = np.arange(*self._starts[one : one + 2]), np.arange(*self._starts[two : two + 2])
         second = second + self._half * (way >= 4)
         first, second = (part.ravel() for part in np.meshgrid(first, second, indexing="ij"))
@@ -130,8 +142,7 @@ def _detected(frames: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _described(frames: np.ndarray) -> list[tuple[list, np.ndarray]]:
     """Return (keypoints of OpenCV, descriptors float32 [k, 128], rooted) of each thumbnail."""
-    import cv2
-
+    cv2 = opencv()
     sift = cv2.SIFT_create(POINTS, contrastThreshold=_CONTRAST, edgeThreshold=15, enable_precise_upscale=True)
     found = []
     for frame in frames:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from common.data.keypoints import Keypoints
+from common.data.keypoints import Keypoints, opencv
 
 if TYPE_CHECKING:
     from scipy.cluster.hierarchy import DisjointSet
@@ -104,8 +104,7 @@ def _agree(one: np.ndarray, other: np.ndarray, start: np.ndarray, agreement: flo
 
     ``start`` is the affine map [2, 3] from places in ``one`` to places in ``other`` from which registration starts.
     """
-    import cv2  # a fifth of a second that --help does without
-
+    cv2 = opencv()
     one, other, start = (part.astype(np.float32) for part in (one, other, start))
     if not _is_near(start):
         return False
@@ -126,8 +125,7 @@ def _is_near(place: np.ndarray) -> bool:
 
 def _overlaid(one: np.ndarray, other: np.ndarray, place: np.ndarray) -> float:
     """Return the correlation of detail, -1..1, where both pictures show something."""
-    import cv2
-
+    cv2 = opencv()
     how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     laid = cv2.warpAffine(other, place, one.shape[::-1], flags=how, borderMode=cv2.BORDER_REPLICATE)
     shown = cv2.warpAffine(np.ones_like(other), place, one.shape[::-1], flags=how) > 0.99

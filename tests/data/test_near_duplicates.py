@@ -2,6 +2,7 @@
 
 import io
 import random
+import sys
 from functools import cache
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.data.keypoints import Keypoints
 from common.data.near_duplicates import SIDE, are_near, group_photos, is_thumb, perceptual_hash, thumb_of
+from common.errors import UserError
 from integration.lora_patch.photo import load_photo
 from tests.mondrian_case import picture
 
@@ -222,3 +224,10 @@ def test_copies_are_found_among_many_others():
 def test_the_hash_is_stable():
     hashes = [perceptual_hash(thumb(image)) for image in (photo(3), photo(3).resize((180, 140)), photo(4))]
     assert (hashes[0] ^ hashes[1]).bit_count() <= 6 < 16 <= (hashes[0] ^ hashes[2]).bit_count()
+
+
+def test_an_opencv_that_does_not_load_is_one_line(monkeypatch):
+    """As on a server without libGL whose packages were not installed by make."""
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(UserError, match=r'OpenCV does not load \(.*cv2.*\); run "make setup" again'):
+        group_photos({str(seed): thumb(picture(seed)) for seed in range(2)})
