@@ -243,4 +243,8 @@ def warnings_of(arrangement: Arrangement, lengths: Lengths) -> list[str]:
         )
     if len(examples) < RECOMMENDED:
         warnings.append(f"{len(examples):,} examples are fewer than the recommended {RECOMMENDED}")
+    linked = len(arrangement.candidates)
+    for name, gate in arrangement.gates.items():
+        if gate["level"] == "warn" and 2 * gate["found"] > linked:
+            warnings.append(f"gate {name}: {gate['found']:,} of {linked:,} analyses, {GATES[name].meaning}")
     return warnings

@@ -160,6 +160,19 @@ def test_each_gate_finds_its_fault(tree: Tree, name: str):
         assert tree.meta()["gates"][gate]["found"] == (level != "off")
 
 
+def test_what_a_gate_finds_in_most_analyses_is_a_warning(tree: Tree):
+    for seed in range(60, 80):
+        bad = analysis(seed, **BAD["boilerplate"])
+        tree.job(f"same-{seed}", tree.photo(f"{seed}.jpg", seed), bad)
+    tree.link()
+    assert tree.prepare().exit_code == 0
+    meta = tree.meta()
+    linked = meta["counts"]["linked"]
+    assert meta["gates"]["boilerplate"]["found"] == 20 > linked / 2
+    told = f"gate boilerplate: 20 of {linked} analyses, comments that it shares with other dimensions"
+    assert any(warning.startswith(told) for warning in meta["warnings"])
+
+
 def test_defaults_are_as_documented(tree: Tree):
     result = tree.prepare("--help")
     assert all(name in result.output.replace("\n", " ") for name in GATES)
