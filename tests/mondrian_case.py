@@ -122,6 +122,17 @@ class Tree:
         text = (self.folder / "out" / f"training_data_{name}.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
+    def link_beside_a_good_job(self, rows: dict[str, str]) -> str:
+        """Link a good job and one with each text, whose name up to a space is the reason it must get; return what
+        link printed."""
+        self.job("good", "photo.jpg", analysis(1))
+        for name, markdown in rows.items():
+            self.job(name, "photo.jpg", markdown)
+        result = self.link()
+        assert result.exit_code == 0, result.output
+        assert self.reasons() == {name: name.split()[0] for name in rows}
+        return result.output
+
     def reasons(self) -> dict[str, str]:
         return {row["job_id"]: row["reason"] for row in self.rows("manifest_rejected")}
 

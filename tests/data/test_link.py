@@ -197,15 +197,10 @@ REASONS = {
 
 
 def test_every_other_job_has_its_reason(tree: Tree):
-    tree.job("good", "photo.jpg", analysis(1))
-    for name, markdown in REASONS.items():
-        tree.job(name, "photo.jpg", markdown)
-    result = tree.link()
-    assert result.exit_code == 0, result.output
-    assert tree.reasons() == {name: name.split()[0] for name in REASONS}
+    output = tree.link_beside_a_good_job(REASONS)
     report = json.loads((tree.folder / "out/training_data_manifest_report.json").read_text())
     assert report["jobs"] == report["linked"] + sum(reason["jobs"] for reason in report["reasons"].values())
-    assert max(map(len, result.output.splitlines())) <= 100 + len(str(tree.folder))
+    assert max(map(len, output.splitlines())) <= 100 + len(str(tree.folder))
 
 
 def test_a_job_counts_once_and_shows_all_its_faults(tree: Tree):
