@@ -144,7 +144,7 @@ def compared(examples: list[dict], summary: Summary, ours: str, theirs: str) -> 
     """Return {"arm", "versus", "finding", "sentence", "same_outputs"}: whether one arm is better than another, and why.
 
     The finding rests on the loss (teacher-forced: no luck of sampling in it) and on the format; "better" or "worse"
-    needs an interval that leaves out zero, and no contradiction between the two.
+    needs an interval that leaves out zero; where the two contradict each other, the finding is "mixed".
     """
     same, both = metrics.identical_outputs(examples, ours, theirs)
     found = {name: summary.difference(ours, theirs, name) for name in ("loss.nats", "format.strict")}
@@ -155,10 +155,11 @@ def compared(examples: list[dict], summary: Summary, ours: str, theirs: str) -> 
         sentence = f"No difference: {NAMES[ours]} and {NAMES[theirs]} gave the same outputs on all {both} photographs"
         sentence += " and have the same loss." if loss == 0 else "."
     else:
-        finding = {1: "better", -1: "worse", 0: "not shown"}[max(-1, min(1, sum(signs)))]
+        finding = {(): "not shown", (1,): "better", (-1,): "worse"}.get(tuple({*signs} - {0}), "mixed")
         opening = {
             "better": f"The {NAMES[ours]} is better than the {NAMES[theirs]}",
             "worse": f"The {NAMES[ours]} is worse than the {NAMES[theirs]}",
+            "mixed": f"The {NAMES[ours]} is better than the {NAMES[theirs]} in one and worse in the other",
             "not shown": f"No difference between the {NAMES[ours]} and the {NAMES[theirs]} is shown",
         }[finding]
         labels = {"loss.nats": "loss", "format.strict": "format compliance"}

@@ -215,6 +215,19 @@ def test_a_loss_that_is_no_number_counts_against_the_adapter(case):
         assert (result.exit_code, gate_words(content)["base_loss"]) == (code, word)
 
 
+def test_an_adapter_with_a_lower_loss_and_a_worse_format_is_neither_better_nor_the_same(case):
+    rows = good(case[2], PHOTOS)
+    for row in rows:
+        if row["kind"] == "output" and row["arm"] == "candidate":
+            row["text"] = row["text"][:-1]
+    result, content = evaluated(case, "mixed", rows)
+    comparison = content["verdict"]["comparisons"][0]
+    assert (comparison["finding"], result.exit_code) == ("mixed", 4)
+    assert comparison["sentence"].startswith(
+        "The candidate is better than the base in one and worse in the other: loss -0.3"
+    )
+
+
 def test_a_base_that_answers_nothing_is_mended_and_its_speed_is_not_held_against_the_adapter(case):
     rows = good(case[2], PHOTOS)
     for row in rows:
