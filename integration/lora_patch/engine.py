@@ -126,6 +126,7 @@ class Engine:
         self.kernel_refusal = decode_kernel.refusal(self.model)  # why steps run as plain MLX operations
         self.kernel = None if self.kernel_refusal else DecodeKernel(self.model)
         self.stop = stop_tokens(base)
+        self._bits = mx.array(np.left_shift(1, np.arange(32)).astype(np.uint32))  # of a word of a mask
         # by kind of answer: with an adapter, with a phrasebook, under a grammar; and by rows that run together
         self.paces: dict[tuple[bool, bool, bool, int], Pace] = {}
         self._ready: dict[int, tuple] = {}  # id of an adapter -> a weak reference to it, its layers, how they are held
@@ -220,12 +221,15 @@ class Engine:
             drafter = slots[0].drafter if pace and len(slots) == 1 else None
             watching = drafter and pace.resting and drafter.watching
             verifies = pace and (drafter.foresees(slots[0].tokens) if watching else not pace.resting)
-            chain, following = [tokens], None
-            if not any(slot.matcher for slot in slots) and not verifies:
-                # launched before the tokens are read, so that the accelerator never waits for Python
+            chain, following, launched = [tokens], None, None
+            # launched before the tokens are read, so that the accelerator never waits for Python
+            if not verifies and any(slot.matcher for slot in slots):
+                launched = self._step(batch, slots, tokens, sampling)
+                mx.async_eval(launched)
+            elif not verifies:
                 left = max_tokens - max(len(slot.tokens) for slot in slots)
                 for _ in range(1 if watching else max(1, min(batch.ahead, left - 1))):
-                    chain.append(self._step(batch, slots, chain[-1], sampling))
+                    chain.append(self._choose(*self._step(batch, slots, chain[-1], sampling), slots, sampling))
                 following = chain.pop()
                 mx.async_eval(following)
             alive = list(range(len(slots)))
@@ -237,29 +241,27 @@ class Engine:
                         alive.remove(at)
                     yield slot, [] if finish == "stop" else [token], finish
             kept, now = alive, time.perf_counter()
-            if pace and (read_at or following is not None):
+            if pace and (read_at or not verifies):
                 pace.step(len(chain), (now - read_at) / len(chain) if read_at else None)
             read_at = None if verifies else now
-            if following is None and kept:
+            if launched and kept:
+                following = self._choose(*launched, slots, sampling)  # among what may follow the tokens just read
+            elif verifies and kept:
                 slots, tokens = _keep(kept, slots, tokens, batch)
-                if verifies:
-                    following, gains = self._drafted(batch, slots, pace, max_tokens)
-                    for slot, (gained, finish) in zip(slots, gains, strict=True):
-                        yield slot, gained, finish
-                    kept = [at for at, (_, finish) in enumerate(gains) if not finish]
-                else:
-                    # under a grammar the next mask depends on this token, so finished rows are dropped first
-                    following, kept = self._step(batch, slots, tokens, sampling), list(range(len(slots)))
+                following, gains = self._drafted(batch, slots, pace, max_tokens)
+                for slot, (gained, finish) in zip(slots, gains, strict=True):
+                    yield slot, gained, finish
+                kept = [at for at, (_, finish) in enumerate(gains) if not finish]
             slots, tokens = _keep(kept, slots, following, batch)
 
-    def _step(self, batch, slots: list[_Slot], tokens: mx.array, sampling: Sampling) -> mx.array:
-        """Run the newest token of every row; return the next ones, int32 [B], not yet computed."""
+    def _step(self, batch, slots: list[_Slot], tokens: mx.array, sampling: Sampling) -> tuple:
+        """Run the newest token of every row; return the greedy ones after them, int32 [B], and logits [B, V] (None
+        where nobody wants them), not yet computed."""
         wanted = sampling.temperature > 0 or any(slot.matcher or slot.request.watched for slot in slots)
-        best, logits = batch.step(tokens, wanted)
         for slot in slots:
             slot.position += 1
             slot.passes += 1
-        return self._choose(best, logits, slots, sampling)
+        return batch.step(tokens, wanted)
 
     def _pace(self, batch, slots: list[_Slot], kind: tuple[bool, bool]) -> Pace | None:
         """Return how fast these rows get on together; None where nothing can be drafted for them.
@@ -286,18 +288,12 @@ class Engine:
             row[: len(known)] = known
         length = pace.length(list(chances.mean(axis=0)))
         drafts = [draft[:length] for draft, _ in guesses]
-        masks, matcher = [], slots[0].matcher  # of the only row, if any
+        matcher = slots[0].matcher  # of the only row, if any
         if matcher:
-            masks, drafts[0] = self._masks(matcher, drafts[0])
+            drafts[0] = drafts[0][: matcher.legal(drafts[0])]
         length = max(map(len, drafts))
-        runs = [
-            [slot.tokens[-1], *draft, *[0] * (length - len(draft))] for slot, draft in zip(slots, drafts, strict=True)
-        ]
         verified = time.perf_counter()
-        best, logits = batch.verify(runs, bool(masks) or any(slot.request.watched for slot in slots))
-        if masks:
-            best = mx.argmax(mx.where(mx.array(np.stack(masks)), logits[0], -mx.inf), axis=-1)[None]
-        found = best.tolist()
+        found, logits = self._verify(batch, slots, drafts)
         pace.note(length + 1, time.perf_counter() - verified)
         held = [
             next((at for at, token in enumerate(draft) if token != tokens[at]), len(draft))
@@ -323,15 +319,34 @@ class Engine:
         pace.judge(1 + sum(len(gained) for gained, _ in gains) / len(slots), time.perf_counter() - started)
         return mx.array([tokens[count] for tokens, count in zip(found, held, strict=True)], mx.int32), gains
 
-    def _masks(self, matcher: Matcher, draft: list[int]) -> tuple[list[np.ndarray], list[int]]:
-        """Return which tokens may stand at each place of a draft and after it, and the draft as far as it may stand."""
-        masks = []
-        for at, token in enumerate([*draft, None]):
-            masks.append(matcher.allowed(self.vocabulary))
-            if token is None or not masks[-1][token]:
-                matcher.back(at)
-                return masks, draft[:at]
+    def _verify(self, batch, slots: list[_Slot], drafts: list[list[int]]) -> tuple[list[list[int]], mx.array | None]:
+        """Run each row's newest token and its draft; return what greedily follows each of them, and logits [B, L, V]
+        (None where nobody wants them)."""
+        length, matcher = max(map(len, drafts)), slots[0].matcher
+        runs = [
+            [slot.tokens[-1], *draft, *[0] * (length - len(draft))] for slot, draft in zip(slots, drafts, strict=True)
+        ]
+        best, logits = batch.verify(runs, any(slot.matcher or slot.request.watched for slot in slots))
+        if matcher:
+            mx.async_eval(logits)
+            best = mx.argmax(self._among(self._masks(matcher, drafts[0]), logits[0]), axis=-1)[None]
+        return best.tolist(), logits
+
+    def _masks(self, matcher: Matcher, draft: list[int]) -> list[np.ndarray]:
+        """Return which tokens may stand at each place of a draft, which may follow, and after it."""
+        masks = [matcher.allowed(self.vocabulary)]
+        for token in draft:
             matcher.consume(token)
+            masks.append(matcher.allowed(self.vocabulary))
+        matcher.back(len(draft))
+        return masks
+
+    def _among(self, masks: list[np.ndarray], logits: mx.array) -> mx.array:
+        """Return logits [n, V] with -inf where a mask of `Matcher.allowed`, one a row, has no bit."""
+        width = logits.shape[-1]
+        allowed = (mx.array(np.stack(masks))[:, :, None] & self._bits) != 0
+        allowed = allowed.reshape(len(masks), -1)[:, :width]
+        return mx.where(allowed, logits, mx.array(-mx.inf, logits.dtype))
 
     def _take(self, slot: _Slot, token: int, max_tokens: int) -> str | None:
         """Add a token to a row; return why the row ends, None while it goes on."""
@@ -355,9 +370,9 @@ class Engine:
         """Return the next token of each row, int32 [B]; ``best``: the greedy ones, of logits [B, V]."""
         if any(slot.matcher for slot in slots):
             width = logits.shape[-1]
-            free = np.ones(width, bool)
-            allowed = np.stack([slot.matcher.allowed(width) if slot.matcher else free for slot in slots])
-            logits = mx.where(mx.array(allowed), logits, mx.array(-mx.inf, logits.dtype))
+            free = np.full(-(-width // 32), -1, np.int32).view(np.uint32)
+            masks = [slot.matcher.allowed(width) if slot.matcher else free for slot in slots]
+            logits = self._among(masks, logits)
             best = mx.argmax(logits, axis=-1).astype(mx.int32)
         for at, slot in enumerate(slots):
             if slot.request.watched:

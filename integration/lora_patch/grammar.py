@@ -1,5 +1,6 @@
 """The grammar of an answer: the schema that a prompt asks for, and llguidance's matcher of it, one a row."""
 
+import itertools
 import math
 
 import numpy as np
@@ -68,15 +69,24 @@ class Matcher:
 
     def __init__(self, matcher, tokenizer):
         self._matcher, self._tokenizer = matcher, tokenizer
-        self._bits = np.zeros((1, -(-tokenizer.vocab_size // 32)), dtype=np.int32)
 
     def allowed(self, vocabulary: int) -> np.ndarray:
-        """Return which tokens may follow, bool [vocabulary]; the end of turn alone once the object is closed."""
+        """Return which tokens may follow, a bit each, from the lowest of each word up, uint32 [vocabulary / 32, rounded
+        up]; the end of turn alone once the object is closed."""
         import llguidance.numpy
 
-        llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits, 0)
-        found = np.unpackbits(self._bits.view(np.uint8), bitorder="little").astype(bool)
-        return np.pad(found, (0, max(0, vocabulary - len(found))))[:vocabulary]
+        known, wanted = -(-self._tokenizer.vocab_size // 32), -(-vocabulary // 32)
+        bits = np.zeros((1, max(known, wanted)), dtype=np.int32)
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, bits[:, :known], 0)
+        return bits[0, :wanted].view(np.uint32)
+
+    def legal(self, tokens: list[int]) -> int:
+        """Return how many of ``tokens`` may follow, one after the other.
+
+        `allowed` may leave out some of them: of text that must follow it has the usual tokens alone.
+        """
+        size = self._tokenizer.vocab_size  # a model has some more, over which the matcher breaks
+        return self._matcher.validate_tokens(list(itertools.takewhile(lambda token: token < size, tokens)))
 
     def consume(self, token: int) -> None:
         self._matcher.consume_token(token)

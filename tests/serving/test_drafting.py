@@ -191,7 +191,7 @@ def test_what_the_schema_forces_is_verified_in_a_pause_too(engine, adapter, requ
 
 
 def test_answers_under_a_grammar_are_timed_and_drafted_too(engine, requests):
-    """Nothing is launched ahead there, since the next mask depends on the token."""
+    """One step is launched ahead there, as elsewhere; the choice after it waits for the token before it."""
     engine.paces.clear()
     grammar = Grammar(engine.base, answer_schema(PromptSpecification(DIMENSIONS)))
     for _ in range(2):

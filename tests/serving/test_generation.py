@@ -234,6 +234,44 @@ def test_grammar_makes_even_random_weights_comply(engine, adapter, base, request
     assert all(engine.text(answer.tokens).startswith('{"image_description":"') for answer in answers)
 
 
+def test_rows_under_a_grammar_take_the_best_of_the_tokens_that_it_allows(engine, adapter, base, requests):
+    """Greedily, as computed here by hand, whatever other rows do."""
+    grammar = Grammar(base, answer_schema(PromptSpecification(DIMENSIONS7)))
+    expected = {}
+    for request in requests[:2]:
+        batch, matcher, found = engine._batch(adapter, 1), grammar.matcher(), []
+        logits = batch.admit(request.row)
+        for _ in range(TOKENS):
+            bits = np.unpackbits(matcher.allowed(engine.vocabulary).view(np.uint8), bitorder="little")
+            allowed = bits[: engine.vocabulary].astype(bool)
+            found.append(int(np.where(allowed, np.array(logits[0]), -np.inf).argmax()))
+            matcher.consume(found[-1])
+            logits = batch.step(mx.array(found[-1:], mx.int32), True)[1]
+        expected[request.key, 0] = found
+    free = tokens(engine, requests[2:3], 1, adapter=adapter)
+    bound = [Request(request.row, request.key, grammar=grammar) for request in requests[:2]]
+    for size in (1, 3):
+        assert tokens(engine, [*bound, requests[2]], size, adapter=adapter, drafting=False) == expected | free
+
+
+def test_a_step_under_a_grammar_is_under_way_before_its_token_is_read(engine, base, requests, monkeypatch):
+    """The accelerator need not wait for the matcher: only the choice after the step depends on it."""
+    happened, step, take = [], Engine._step, Engine._take
+    monkeypatch.setattr(Engine, "_step", lambda *given: happened.append("step") or step(*given))
+    monkeypatch.setattr(Engine, "_take", lambda *given: happened.append("take") or take(*given))
+    grammar = Grammar(base, answer_schema(PromptSpecification(DIMENSIONS7)))
+    list(engine.generate([Request(requests[0].row, "0", grammar=grammar)], 1, 4, drafting=False))
+    assert happened == ["step", "take"] * 4
+
+
+def test_a_guess_that_the_tokenizer_does_not_know_leaves_the_matcher_whole(engine, base):
+    matcher = Grammar(base, answer_schema(PromptSpecification(DIMENSIONS7))).matcher()
+    opening = base.processor.tokenizer.encode('{"image_description":"', add_special_tokens=False)
+    assert matcher.legal([*opening, 1 << 20]) == len(opening)
+    assert matcher.legal([1 << 20]) == 0
+    assert matcher.follows(opening)
+
+
 def test_watched_log_probabilities_are_those_of_a_forward_pass(engine, adapter, base, requests, one_by_one):
     watched = (5, 17, 300)
     request = Request(requests[1].row, "1", watched=watched)
