@@ -8,8 +8,10 @@ answers made in them (whole ones for one row, 256 tokens each in a batch), the s
 weights sets, operations that MLX is given a step, tokens a pass, and the peak of MLX's memory. Random weights accept
 no draft, so answers are replayed: everything is computed, and the token taken is the answer's. --answers names a file
 with a JSON object a line: "tokens" (ids), or "response" (text) with --tokenizer; "photo" keeps a phrasebook from the
-answers about the same photograph. Without it, the sample's answers are cut into words. Base and adapter take turns
-answer by answer. Reads those files, writes none.
+answers about the same photograph. Without it, the sample's answers are cut into words. Constrained rows keep to the
+grammar of the answer's dimensions as the service does with --constrained; they need --tokenizer, and answers that the
+grammar allows or that can be written in its form. Base and adapter take turns answer by answer. Reads those files,
+writes none.
 """
 
 import contextlib
@@ -67,6 +69,32 @@ SHAPES = {
 
 
 HEADER = "| | arm | bits | rows | tokens/s | s an answer | of the limit | operations a step | tokens a pass | peak GB |"
+# the tiny widths under the vocabulary of the real tokenizer
+NARROW = {"num_hidden_layers": 2, "vocab_size": SHAPES["4b"]["text"]["vocab_size"]}
+SHAPES["narrow"] = SHAPES["tiny"] | {"text": SHAPES["tiny"]["text"] | NARROW}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A row of the table for each arm of the engine."""
+
+    part: str
+    name: str
+    batched: bool = False
+    drafting: bool = False
+    bound: bool = False  # under the grammar, as with --constrained
+
+
+WAYS = (
+    Way("single", "engine"),
+    Way("drafts", "engine, drafts", drafting=True),
+    Way("batch", "engine, batch", batched=True),
+    Way("batch", "engine, batch, drafts", batched=True, drafting=True),
+    Way("constrained", "engine, constrained", bound=True),
+    Way("constrained", "engine, constrained, drafts", drafting=True, bound=True),
+    Way("constrained", "engine, batch, constrained", batched=True, bound=True),
+)
+PARTS = ("peers", *dict.fromkeys(way.part for way in WAYS))
 COMPARED = 48  # tokens of mlx-vlm's answers, which take ten times as long
 
 
@@ -76,7 +104,8 @@ class Bench:
 
     base: vlm.Base
     photos: list[vlm.Encoded]
-    answers: list[dict]  # {"tokens": [...], "photo": ...}
+    answers: list[dict]  # as `read_answers` returns them
+    parts: tuple[str, ...]
     adapter: object
     bits: int
     limit: float  # seconds in which the weights can be read once
@@ -108,10 +137,14 @@ class Bench:
 @click.option("--batch_size", default=8, show_default=True)
 @click.option("--repeats", default=3, show_default=True, help="answers a row; the median is printed")
 @click.option("--rank", default=16, show_default=True, help="of the adapter, on all seven projections")
-@click.option("--peers/--no_peers", default=True, show_default=True, help="mlx-vlm and torch too")
-def main(shape, file, tokenizer, bits, batch_size, repeats, rank, peers) -> None:
+@click.option("--parts", multiple=True, type=click.Choice(PARTS), default=PARTS, help="of the table  [default: all]")
+def main(shape, file, tokenizer, bits, batch_size, repeats, rank, parts) -> None:
     engines.LOOP_CHECK = 1 << 60
     answers = read_answers(file, tokenizer, SHAPES[shape]["text"]["vocab_size"])
+    if "constrained" in parts:
+        unlawful = sum(not answer["lawful"] for answer in answers)
+        why = "" if tokenizer else ": without --tokenizer there is no grammar"
+        click.echo(f"  constrained: {unlawful} of {len(answers)} answers are left out{why}", err=True)
     click.echo(HEADER + "\n|" + " --- |" * 10)
     for width in map(int, bits):
         base = random_base(SHAPES[shape])
@@ -121,13 +154,13 @@ def main(shape, file, tokenizer, bits, batch_size, repeats, rank, peers) -> None
         photos = [photo(SHAPES[shape], base, number) for number in range(batch_size)]
         adapter = random_adapter(base, rank)
         limit = weight_bytes(base) / bandwidth(SHAPES[shape]["dtype"] == mx.bfloat16)
-        bench = Bench(base, photos, answers, adapter, width, limit, repeats, [], {})
-        if peers:
+        bench = Bench(base, photos, answers, parts, adapter, width, limit, repeats, [], {})
+        if "peers" in parts:
             guarded(mlx_vlm_rows, bench)
         guarded(engine_rows, bench, batch_size)
         del base, bench, adapter
         mx.clear_cache()
-    if peers and "16" in bits:
+    if "peers" in parts and "16" in bits:
         guarded(torch_rows, SHAPES[shape]["text"], len(photos[0]), max(len(a["tokens"]) for a in answers), limit)
     click.echo(json.dumps({"device": mx.device_info().get("device_name"), "mlx": mx.__version__}))
 
@@ -156,24 +189,33 @@ def read_answers(file: Path | None, tokenizer: Path | None, vocabulary: int) -> 
     else:
         names: dict[str, int] = {}
         encode = lambda text: [names.setdefault(w, 20 + len(names)) % vocabulary for w in re.findall(r" ?\w+|\W", text)]  # noqa: E731, E501
-    return [
-        {
-            "tokens": row.get("tokens") or encode(row["response"]),
-            "photo": row.get("photo", at),
-            "schema": schema_of(row.get("response"), tokenizer),
-        }
-        for at, row in enumerate(found)
-    ]
+    answers = []
+    for at, row in enumerate(found):
+        tokens = row.get("tokens") or encode(row["response"])
+        schema, lawful = None, None
+        if tokenizer and (names := dimension_names(row.get("response"))):
+            schema = grammar_of(names, tokenizer)
+            lawful = next(iter(lawful_tokens(schema, tokens, names, row["response"], encode)), None)
+        answers.append({"tokens": tokens, "photo": row.get("photo", at), "schema": schema, "lawful": lawful})
+    return answers
 
 
-@functools.cache
-def schema_of(response: str | None, tokenizer: Path | None) -> Grammar | None:
-    """Return the grammar of answers with a response's dimensions, from which keys and punctuation are drafted."""
+def dimension_names(response: str | None) -> tuple[str, ...] | None:
+    """Return the dimensions of an answer, by which its grammar is known; None without any."""
     try:
-        names = tuple(part["name"] for part in json.loads(response or "")["dimensions"])
+        return tuple(part["name"] for part in json.loads(response or "")["dimensions"])
     except (ValueError, KeyError, TypeError):
         return None
-    return grammar_of(names, tokenizer) if tokenizer else None
+
+
+def lawful_tokens(schema: Grammar, tokens: list[int], names: tuple[str, ...], response: str, encode) -> Iterator[list]:
+    """Yield the tokens of an answer that its grammar allows one by one: as it stands, then in the schema's form."""
+    if schema.matcher().follows(tokens):
+        yield tokens
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # it lacks a part, or has one of another kind
+        tokens = encode(PromptSpecification(names).render(json.loads(response)))
+        if schema.matcher().follows(tokens):
+            yield tokens
 
 
 @functools.cache
@@ -189,10 +231,9 @@ def grammar_of(names: tuple[str, ...], tokenizer: Path) -> Grammar:
 class Replay(Engine):
     """An engine that computes everything and takes the tokens of given answers; a request's key is its answer's."""
 
-    def __init__(self, base: vlm.Base, answers: list[list[int]]):
-        super().__init__(base)
-        self.answers = [mx.array(np.array(tokens + [0] * 64, np.int32)) for tokens in answers]
-        self.known = answers
+    def replay(self, answers: list[dict]) -> None:
+        self.known = [answer["tokens"] + [0] * 64 for answer in answers]
+        self.answers = [mx.array(np.array(tokens, np.int32)) for tokens in self.known]
         mx.eval(self.answers)
 
     def _place(self, slot) -> int:
@@ -203,103 +244,68 @@ class Replay(Engine):
         wanted = [self.answers[int(slot.request.key)][self._place(slot) :][:1] for slot in slots]
         return (wanted[0] if len(wanted) == 1 else mx.concatenate(wanted)) + 0 * best
 
-    def _drafted(self, batch, slots, pace, max_tokens):
-        verify = batch.verify
-
-        def replayed(tokens, wanted):
-            best, logits = verify(tokens, wanted)
-            found = []
-            for slot in slots:
-                at = self._place(slot) + 1
-                found.append((self.known[int(slot.request.key)] + [0] * 64)[at : at + best.shape[1]])
-            return mx.array(found, mx.int32) + 0 * best, logits
-
-        batch.verify = replayed
-        try:
-            return super()._drafted(batch, slots, pace, max_tokens)
-        finally:
-            del batch.verify
+    def _verify(self, batch, slots, drafts):
+        found, logits = super()._verify(batch, slots, drafts)
+        after = [(self.known[int(slot.request.key)], self._place(slot) + 1) for slot in slots]
+        return [known[at : at + len(row)] for row, (known, at) in zip(found, after, strict=True)], logits
 
 
 # -- the rows ---------------------------------------------------------------------------------------------------------
 
 
 def engine_rows(bench: Bench, batch_size: int) -> None:
-    """Time the engine: one stream without and with drafts, and a batch; base and adapter take turns."""
-    chosen = [at * len(bench.answers) // bench.repeats for at in range(bench.repeats)]
-    engine = Replay(bench.base, [answer["tokens"] for answer in bench.answers])
-    arms = {"base": None, "adapter": bench.adapter}
+    """Time the engine in each of `WAYS`; base and adapter take turns."""
+    engine, arms = Replay(bench.base), {"base": None, "adapter": bench.adapter}
     click.echo(
         f"  engine: {engine.kernel_refusal or 'one kernel a step'}; adapter {engine.way(bench.adapter)}", err=True
     )
-    books = {
-        at: Continuations([a["tokens"] for a in bench.answers if a["photo"] != bench.answers[at]["photo"]])
-        for at in chosen
-    }
     operations = {arm: step_operations(engine, adapter, bench) for arm, adapter in arms.items()}
-    for drafting in (False, True):
+    for way in WAYS:
+        answers, count = bench.answers, bench.repeats
+        if way.bound:
+            answers = [answer | {"tokens": answer["lawful"]} for answer in answers if answer["lawful"]]
+            count = min(2, count)
+        if way.part not in bench.parts or not answers:
+            continue
+        engine.replay(answers)
+        chosen = [0, 0] if way.batched else [at * len(answers) // count for at in range(count)]
         found, bench.peak = {arm: [] for arm in arms}, {}
         for turn, at in enumerate([chosen[0], *chosen]):  # the first compiles
+            others = [answer["tokens"] for answer in answers if answer["photo"] != answers[at]["photo"]]
+            bench.adapter.phrasebook = Continuations(others) if way.drafting else None
+            numbers = [number % len(answers) for number in range(batch_size)] if way.batched else [at]
+            tokens = (24 if turn == 0 else 256) if way.batched else len(answers[at]["tokens"])
             for arm in list(arms)[:: 1 if turn % 2 else -1]:
-                if arms[arm] is not None:
-                    arms[arm].phrasebook = books[at] if drafting else None
                 with bench.measuring(arm):
-                    result = one_answer(engine, bench, at, arms[arm], drafting)
+                    result = replayed(engine, bench, answers, numbers, arms[arm], tokens, way)
                 if turn:
                     found[arm].append(result)
         for arm, results in found.items():
             rate, seconds, tokens_a_pass = (statistics.median(part) for part in zip(*results, strict=True))
-            shown = f"{tokens_a_pass:.2f}" if drafting else ""
-            bench.row("engine, drafts" if drafting else "engine", arm, 1, rate, seconds, operations[arm], shown)
-    for drafting in (False, True):
-        found, bench.peak = {arm: [] for arm in arms}, {}
-        for turn in range(3):
-            for arm, adapter in list(arms.items())[:: 1 if turn % 2 else -1]:
-                if adapter is not None:
-                    adapter.phrasebook = books[chosen[0]] if drafting else None
-                with bench.measuring(arm):
-                    result = batch_of_answers(engine, bench, batch_size, adapter, 24 if turn == 0 else 256, drafting)
-                if turn:
-                    found[arm].append(result)
-        for arm, results in found.items():
-            rate, seconds, tokens_a_pass = (statistics.median(part) for part in zip(*results, strict=True))
-            shown = f"{tokens_a_pass:.2f}" if drafting else ""
-            bench.row(
-                "engine, batch, drafts" if drafting else "engine, batch", arm, batch_size, rate, seconds, "", shown
-            )
+            shown = f"{tokens_a_pass:.2f}" if way.drafting else ""
+            steps = "" if way.batched or way.bound else operations[arm]
+            bench.row(way.name, arm, len(numbers), rate, seconds, steps, shown)
 
 
-def one_answer(engine: Replay, bench: Bench, at: int, adapter, drafting: bool) -> tuple[float, float, float]:
-    """Return (tokens/s after the first, seconds with vision and prefill, tokens a pass) of a whole answer."""
-    mx.synchronize()
-    start = time.perf_counter()
-    request = Request(vlm.prepare_row(bench.base, bench.photos[0]), str(at), schema=bench.answers[at]["schema"])
-    length, first, event = len(bench.answers[at]["tokens"]), None, None
-    for event in engine._decode([request], 1, length, engines.Sampling(), adapter, drafting):
-        first = first or (time.perf_counter(), len(event[1]))
-    slot = event[0]
-    end, count = time.perf_counter(), len(slot.tokens)
-    assert slot.tokens == bench.answers[at]["tokens"], "the replay went astray"
-    return (count - first[1]) / (end - first[0]), end - start, count / slot.passes
-
-
-def batch_of_answers(
-    engine: Replay, bench: Bench, size: int, adapter, tokens: int, drafting: bool = False
+def replayed(
+    engine: Replay, bench: Bench, answers: list[dict], numbers: list[int], adapter, tokens: int, way: Way
 ) -> tuple[float, float, float]:
-    """Return (tokens/s of all rows while decoding, seconds with vision and prefill divided by the answers, tokens a
-    row and pass)."""
-    start = time.perf_counter()
-    rows = [vlm.prepare_row(bench.base, encoded) for encoded in bench.photos[:size]]
-    numbers = [at % len(bench.answers) for at in range(size)]
-    requests = [
-        Request(row, str(at), schema=bench.answers[at]["schema"]) for at, row in zip(numbers, rows, strict=True)
-    ]
-    first, count, slots = None, 0, {}
-    for slot, gained, _ in engine._decode(requests, size, tokens, engines.Sampling(), adapter, drafting):
+    """Return, of the beginnings of some answers, (tokens/s of all rows while decoding, seconds with vision and prefill
+    divided by the answers, tokens a row and pass)."""
+    mx.synchronize()
+    start, requests = time.perf_counter(), []
+    for encoded, number in zip(bench.photos, numbers, strict=False):
+        schema = answers[number]["schema"]
+        row = vlm.prepare_row(bench.base, encoded)
+        requests.append(Request(row, str(number), grammar=schema if way.bound else None, schema=schema))
+    first, slots = None, {}
+    for slot, _, _ in engine._decode(requests, len(requests), tokens, engines.Sampling(), adapter, way.drafting):
         first = first or time.perf_counter()
-        count += len(gained)
         slots[id(slot)] = slot
-    end, passes = time.perf_counter(), sum(slot.passes for slot in slots.values())
+    end, size = time.perf_counter(), len(requests)
+    for slot in slots.values():
+        assert slot.tokens == answers[int(slot.request.key)]["tokens"][:tokens], "the replay went astray"
+    count, passes = (sum(part) for part in zip(*((len(s.tokens), s.passes) for s in slots.values()), strict=True))
     return (count - size) / (end - first), (end - start) / size, count / passes
 
 
