@@ -217,6 +217,7 @@ class Engine:
                 slots.append(slot)
                 tokens = token if tokens is None else mx.concatenate([tokens, token])
                 read_at = None
+            mx.async_eval(tokens)  # apart from the next step: what is started with one is read only after its end
             pace = self._pace(batch, slots, kind)
             drafter = slots[0].drafter if pace and len(slots) == 1 else None
             watching = drafter and pace.resting and drafter.watching
