@@ -53,7 +53,7 @@ constexpr int PARTS = larger(HELD * 2 * WARPS * 8 * 4, 16 * (Q_PITCH + P_PITCH +
 constexpr int A_BYTES = RANK ? larger(larger(bytes(0), bytes(1)), larger(bytes(2), bytes(3))) : 0;
 constexpr int AT_PARTS = SLOTS * WARPS * SLOT, AT_ZP = AT_PARTS + PARTS, AT_ZA = AT_ZP + (RANK ? WARPS * MB * 4 : 0), AT_ZS = AT_ZA + WARPS * A_BYTES,
               AT_SS = AT_ZS + (RANK ? MB * ZW * 4 : 0), AT_BAR = AT_SS + WARPS * MB * 4,
-              AT_TABLE = AT_BAR + SLOTS * WARPS * 8, AT_MISC = AT_TABLE + (LAYERS * 4 + 1) * 8, SHARED = AT_MISC + 64;
+              AT_TABLE = AT_BAR + SLOTS * WARPS * 8, AT_MISC = AT_TABLE + (LAYERS * 4 + 1) * 8, SHARED = AT_MISC + 80;
 
 // -- scratch in device memory, in bytes -------------------------------------------------------------------------------
 
@@ -111,7 +111,6 @@ struct Block {
   Args a;
   char* sm;
   int b, n, tid, warp, lane, g, t, M;
-  u32 ticket;  // the barrier's highest bit before the next release
   Unit ahead;
   u32 taken;  // units used so far by this warp
 
@@ -189,7 +188,9 @@ struct Block {
 
   // Keep the compiler from working out one phase's indices in another, where they would only take registers.
   __device__ __forceinline__ void forget() { decode::forget(warp, lane, g, t); }
-  // the barrier over the grid, in two halves
+  // the barrier over the grid, in two halves; its highest bit before the next release is kept in shared memory: spilled
+  // from a register it would be read from the L2 cache, since every look at the barrier empties L1
+  __device__ __forceinline__ u32& ticket() const { return reinterpret_cast<u32*>(sm + AT_MISC)[16]; }
   __device__ __forceinline__ void arrive() {
     __syncthreads();
     if (tid == 0) {
@@ -199,9 +200,10 @@ struct Block {
   }
   __device__ __forceinline__ void wait() {
     if (tid == 0) {
+      const u32 before = ticket();
       u32 tries = 0;
-      while (((ticket ^ load_acquire(reinterpret_cast<u32*>(at(S_BAR)))) & 0x80000000u) == 0) stop_if_stuck(tries);
-      ticket ^= 0x80000000u;
+      while (((before ^ load_acquire(reinterpret_cast<u32*>(at(S_BAR)))) & 0x80000000u) == 0) stop_if_stuck(tries);
+      ticket() = before ^ 0x80000000u;
     }
     __syncthreads();
   }

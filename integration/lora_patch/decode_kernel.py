@@ -187,7 +187,7 @@ def shared_bytes(dims: Dimensions, rank: int, rows: int) -> int:
     total = 2 * WARPS * slot + max(held * 2 * WARPS * 8 * 4, attention)
     if rank:
         total += WARPS * rows * 4 + WARPS * max(map(_chunks, dims.inputs())) * 64 + rows * 3 * rank * 4
-    return total + WARPS * rows * 4 + 2 * WARPS * 8 + (dims.layers * 4 + 1) * 8 + 64
+    return total + WARPS * rows * 4 + 2 * WARPS * 8 + (dims.layers * 4 + 1) * 8 + 80
 
 
 def scratch(dims: Dimensions) -> mx.array:

@@ -7,7 +7,7 @@ __device__ __forceinline__ void step(const Args& args) {
   k.a = args, k.sm = shared;
   k.b = blockIdx.x, k.n = gridDim.x, k.tid = threadIdx.x, k.warp = threadIdx.x / 32, k.lane = threadIdx.x % 32;
   k.g = k.lane / 4, k.t = k.lane % 4, k.M = args.meta[2], k.taken = 0;
-  k.ticket = load_acquire(reinterpret_cast<u32*>(k.at(S_BAR)));
+  if (k.tid == 0) k.ticket() = load_acquire(reinterpret_cast<u32*>(k.at(S_BAR)));
   for (int i = k.tid; i < LAYERS * 4 + 1; i += THREADS) reinterpret_cast<long*>(shared + AT_TABLE)[i] = args.table[i];
   if (k.tid < 5) {
     const int p = k.tid, of = p == 0 ? QKV : p == 2 ? F : p == 4 ? V : E, high = p == 0 || p == 4 ? 16 : 8;

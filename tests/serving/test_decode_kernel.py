@@ -203,7 +203,7 @@ def test_inputs_in_several_passes(base, monkeypatch):
 def test_a_missing_barrier_is_found(model, cpus):
     """A block's threads that do not wait for the one that has seen the grid's barrier read values too early."""
     cpu = Cpu(cpus[0].folder, BLOCKS[0])
-    found = "      ticket ^= 0x80000000u;\n    }\n"
+    found = "      ticket() = before ^ 0x80000000u;\n    }\n"
     cpu.changes = {found + "    __syncthreads();\n": found}
     with pytest.raises(AssertionError):
         Case(model, cpu).check(SHORT[:3])
