@@ -5,9 +5,10 @@
 // the weights through a ring of its own in shared memory by bulk copies. The stream does not depend on activations, so
 // it runs on while a barrier or attention is waited for: device memory is the only thing that should ever be busy.
 // Products run on tensor cores, tokens as the 16 rows of A (8 or 16 used), weights as the 8 columns of B.
-// The adapter: rows of A are further rows of the same product, taken first; a row of B is applied where an output is
-// finished. The Python side (decode_kernel.py) defines the model's dimensions in front of this text: LAYERS, E (hidden),
-// HEADS, KV (key-value heads), DIM (of a head), F (intermediate), V (vocabulary), EPS, RANK (0 without an adapter), MB
+// The adapter: whoever finishes some inputs of a product adds what they give to z = A x, before the barrier that everyone
+// waits for anyway; a row of B is applied where an output is finished. z is summed in integers (units of 2^-32), so that
+// it does not depend on the order of the blocks. The Python side (decode_kernel.py) defines the model's dimensions in front of this text: LAYERS, E (hidden),
+// HEADS, KV (key-value heads), DIM (of a head), F (intermediate), V (vocabulary), BLOCKS (of the grid), EPS, RANK (0 without an adapter), MB
 // (rows at most: 8 or 16), CHUNKS (of 32 inputs, that a warp holds at a time).
 
 namespace decode {
@@ -18,7 +19,7 @@ constexpr int WARPS = 8, THREADS = 256, SLOTS = 2, HALVES = MB / 8;
 constexpr int QW = HEADS * DIM, KW = KV * DIM, QKV = QW + 2 * KW, GROUP = HEADS / KV;
 constexpr int SUB = 128;  // columns of the cache that a block attends to at a time
 constexpr float NONE = -3.0e38f;
-constexpr u32 EMPTY = 0xffffffffu;  // a value of z that is not there yet: no product gives this NaN
+constexpr float Z_ONE = 4294967296.0f;  // z is held in units of one part of this
 
 // -- geometry of the phases: 0 qkv, 1 o, 2 gate and up, 3 down, 4 output head -----------------------------------------
 
@@ -43,15 +44,17 @@ __host__ __device__ constexpr long lora_at(int p) {
   return at;
 }
 constexpr int ZW = RANK ? 3 * RANK : 1;
-constexpr int HELD = RANK ? 64 : 80;  // units of 16 rows, times tokens, whose partial sums are held at once
+constexpr int HELD = RANK > 16 && MB > 8 ? 64 : 80;  // units of 16 rows, times tokens, whose partial sums are held at once
+constexpr int OWN_E = (E + BLOCKS - 1) / BLOCKS, OWN = larger(OWN_E, (F + BLOCKS - 1) / BLOCKS);  // values that a block finishes
 constexpr int NORMS = 2 * E + 2 * DIM;
 
 // -- shared memory ----------------------------------------------------------------------------------------------------
 
 constexpr int Q_PITCH = DIM * 2 + 64, P_PITCH = SUB * 2 + 64, S_PITCH = SUB + 8;
 constexpr int PARTS = larger(HELD * 2 * WARPS * 8 * 4, 16 * (Q_PITCH + P_PITCH + S_PITCH * 4) + 192);
-constexpr int A_BYTES = RANK ? larger(larger(bytes(0), bytes(1)), larger(bytes(2), bytes(3))) : 0;
-constexpr int AT_PARTS = SLOTS * WARPS * SLOT, AT_ZP = AT_PARTS + PARTS, AT_ZA = AT_ZP + (RANK ? WARPS * MB * 4 : 0), AT_ZS = AT_ZA + WARPS * A_BYTES,
+constexpr int A_BYTES = larger(OWN_E * larger(low(0), low(2)), OWN * low(3)) * 2;  // what the block's values give to z
+constexpr int X_BYTES = RANK ? (MB * OWN * 2 + 15) / 16 * 16 : 0;                    // those values
+constexpr int AT_PARTS = SLOTS * WARPS * SLOT, AT_A = AT_PARTS + PARTS, AT_X = AT_A + A_BYTES, AT_ZS = AT_X + X_BYTES,
               AT_SS = AT_ZS + (RANK ? MB * ZW * 4 : 0), AT_BAR = AT_SS + WARPS * MB * 4,
               AT_TABLE = AT_BAR + SLOTS * WARPS * 8, AT_MISC = AT_TABLE + (LAYERS * 4 + 1) * 8, SHARED = AT_MISC + 80;
 
@@ -60,7 +63,7 @@ constexpr int AT_PARTS = SLOTS * WARPS * SLOT, AT_ZP = AT_PARTS + PARTS, AT_ZA =
 constexpr long S_BAR = 0, S_X0 = 4096, S_X1 = S_X0 + 16l * E * 2, S_QKV = S_X1 + 16l * E * 2,
                S_ATT = S_QKV + 16l * QKV * 4, S_ACT = S_ATT + 16l * QW * 2, S_BEST = S_ACT + 16l * F * 2,
                S_ML = S_BEST + 256l * 16 * 8, S_PO = S_ML + (long)KV * 32 * 16 * GROUP * 8,
-               S_Z = S_PO + (long)KV * 32 * 16 * GROUP * DIM * 4, S_END = S_Z + (long)LAYERS * 4 * 16 * 96 * 4;
+               S_Z = S_PO + (long)KV * 32 * 16 * GROUP * DIM * 4, S_END = S_Z + 4l * 16 * 96 * 8;
 
 struct Args {
   const int* tokens;
@@ -118,7 +121,6 @@ struct Block {
   __device__ __forceinline__ int lo(int p) const { return reinterpret_cast<const int*>(sm + AT_MISC)[1 + 3 * p]; }
   __device__ __forceinline__ int hi(int p) const { return reinterpret_cast<const int*>(sm + AT_MISC)[2 + 3 * p]; }
   __device__ __forceinline__ int units(int p) const { return reinterpret_cast<const int*>(sm + AT_MISC)[3 + 3 * p]; }
-  __device__ __forceinline__ bool has_z(int p) const { return RANK && p < 4 && b < low(p); }
   __device__ __forceinline__ char* at(long offset) const { return a.scratch + offset; }
   __device__ __forceinline__ const bf* matrix_a(int layer, int p) const {
     return a.lora + layer * lora_at(4) + lora_at(p);
@@ -126,14 +128,34 @@ struct Block {
   __device__ __forceinline__ const bf* matrix_b(int layer, int p) const {
     return matrix_a(layer, p) + (long)low(p) * inputs(p);
   }
-  __device__ __forceinline__ u32* z_at(int layer, int p) const {
-    return reinterpret_cast<u32*>(at(S_Z)) + (long)(layer * 4 + p) * 16 * 96;
+  // z of the next product of this kind, [M, low(p)]: zero but between the phase that makes its inputs and its own
+  __device__ __forceinline__ long long* z_at(int p) const { return reinterpret_cast<long long*>(at(S_Z)) + p * 16 * 96; }
+  __device__ __forceinline__ bf* own_a() const { return reinterpret_cast<bf*>(sm + AT_A); }
+  __device__ __forceinline__ bf* own_x(int m) const { return reinterpret_cast<bf*>(sm + AT_X) + m * OWN; }
+  // Fetch what this block's inputs of a product give to z: rows of A transposed.
+  __device__ __forceinline__ void fetch_a(int layer, int p, int first, int count) const {
+    const bf* from = matrix_a(layer, p) + (long)first * low(p);
+    for (int i = tid; i < count * low(p) / 8; i += THREADS) copy_async(shared_at(own_a() + i * 8), from + i * 8);
   }
-  __device__ __forceinline__ const char* row_of_a() const { return sm + AT_ZA + warp * A_BYTES; }
-  // Fetch this warp's part of the block's row of A.
-  __device__ __forceinline__ void fetch_a(int layer, int p, int pass) const {
-    const char* from = reinterpret_cast<const char*>(matrix_a(layer, p) + (long)b * inputs(p)) + (warp * passes(p) + pass) * bytes(p);
-    for (int i = lane; i < chunks(p) * 4; i += 32) copy_async(shared_at(row_of_a() + i * 16), from + i * 16);
+  // Add to z what this block's ``count`` inputs in own_x give; all that was fetched and written is there.
+  template <int P>
+  __device__ __forceinline__ void add_z(int count) const {
+    constexpr int PAIRS = low(P) / 2, PARTED = 4;
+    if (!RANK) return;
+    for (int i = tid; i < (M * PAIRS * PARTED + 31) / 32 * 32; i += THREADS) {
+      const int pair = i / PARTED, m = min(pair / larger(PAIRS, 1), M - 1), j = pair % larger(PAIRS, 1) * 2;
+      float u = 0, v = 0;
+      for (int r = i % PARTED; r < count; r += PARTED) {
+        const float x = __bfloat162float(own_x(m)[r]);
+        const float2 a = two(*reinterpret_cast<const u32*>(own_a() + r * low(P) + j));
+        u += x * a.x, v += x * a.y;
+      }
+      for (int o = 1; o < PARTED; o *= 2) u += __shfl_xor_sync(~0u, u, o), v += __shfl_xor_sync(~0u, v, o);
+      if (i % PARTED == 0 && pair < M * PAIRS) {
+        add_relaxed(z_at(P) + m * low(P) + j, __float2ll_rn(u * Z_ONE));
+        add_relaxed(z_at(P) + m * low(P) + j + 1, __float2ll_rn(v * Z_ONE));
+      }
+    }
   }
   __device__ __forceinline__ u32 bar(u32 slot) const { return shared_at(sm + AT_BAR) + (warp * SLOTS + slot) * 8; }
   __device__ __forceinline__ char* slot(u32 s) const { return sm + (warp * SLOTS + s) * SLOT; }

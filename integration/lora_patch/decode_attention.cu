@@ -182,7 +182,15 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
         __syncthreads();
       }
     }
-    // the last block of a head and sequence puts the parts together
+    // the last block of a head and sequence puts the parts together, and adds what they give to z; A is fetched by all,
+    // so that it is there when it turns out who is the last
+    constexpr int PAIRS = RANK ? RANK / 2 : 32, APART = WARPS * 32 / PAIRS, MINE = RANK ? GROUP * DIM / APART : 1;
+    const int pair = k.lane % PAIRS, part = k.warp * (32 / PAIRS) + k.lane / PAIRS;
+    u32 a[MINE];
+    if (RANK)
+#pragma unroll
+      for (int i = 0; i < MINE; i++)
+        a[i] = reinterpret_cast<const u32*>(k.matrix_a(layer, 1) + ((long)kvh * GROUP * DIM + part + i * APART) * RANK)[pair];
     __syncthreads();
     int* flag = reinterpret_cast<int*>(k.sm + AT_MISC);
     u32* count = reinterpret_cast<u32*>(k.at(S_BAR)) + 128 + kvh * 16 + s;
@@ -223,7 +231,26 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
         }
       }
       bf* to = reinterpret_cast<bf*>(k.at(S_ATT)) + (long)(s * T + r / GROUP) * QW + (kvh * GROUP + r % GROUP) * DIM + d;
-      __stcg(reinterpret_cast<uint2*>(to), make_uint2(pack(o.x / sum, o.y / sum), pack(o.z / sum, o.w / sum)));
+      const uint2 found = make_uint2(pack(o.x / sum, o.y / sum), pack(o.z / sum, o.w / sum));
+      __stcg(reinterpret_cast<uint2*>(to), found);
+      if (RANK) *reinterpret_cast<uint2*>(qs + (r * DIM + d) * 2) = found;
+    }
+    if (RANK) {
+      __syncthreads();
+      for (int t = 0; t < T; t++) {
+        float u = 0, v = 0;
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+          const float x = __bfloat162float(reinterpret_cast<const bf*>(qs)[t * GROUP * DIM + part + i * APART]);
+          u += x * two(a[i]).x, v += x * two(a[i]).y;
+        }
+        for (int o = PAIRS; o < 32; o *= 2) u += __shfl_xor_sync(~0u, u, o), v += __shfl_xor_sync(~0u, v, o);
+        if (k.lane < PAIRS) {
+          add_relaxed(k.z_at(1) + (s * T + t) * RANK + 2 * pair, __float2ll_rn(u * Z_ONE));
+          add_relaxed(k.z_at(1) + (s * T + t) * RANK + 2 * pair + 1, __float2ll_rn(v * Z_ONE));
+        }
+      }
+      __syncthreads();
     }
   }
   k.arrive();

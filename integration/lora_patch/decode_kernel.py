@@ -41,6 +41,7 @@ class Dimensions:
     head_dim: int
     intermediate: int
     vocabulary: int
+    blocks: int  # of the grid
     eps: float
 
     def inputs(self) -> tuple[int, int, int]:
@@ -55,12 +56,12 @@ def refusal(model: LanguageModel) -> str | None:
         return "a GPU of another compute capability than 9, 10 or 11"
     if model.dtype != mx.bfloat16 or len(set(model.shapes)) > 1:
         return f"activations of {model.dtype}"
-    dims = dimensions(model)
+    blocks = multiprocessors()
+    dims = dimensions(model, blocks)
     if quantized(model) and unpacked_bytes(dims) > room():
         return "quantized matrices, and too little memory to unpack them"
     if any(width % (32 * WARPS) for width in dims.inputs()) or dims.head_dim not in (64, 128):
         return "matrices of another width"
-    blocks = multiprocessors()
     wide = max(-(-dims.hidden // blocks) > 32, -(-(dims.heads + 2 * dims.kv_heads) * dims.head_dim // blocks) > 64)
     if wide or blocks < dims.kv_heads or shared_bytes(dims, 0, 8) > SHARED_LIMIT:
         return "matrices too large for the GPU's blocks"
@@ -79,12 +80,12 @@ def unpacked_bytes(dims: Dimensions) -> int:
     return 2 * hidden * (dims.layers * (2 * attended + 2 * kv + 3 * intermediate) + dims.vocabulary)
 
 
-def dimensions(model: LanguageModel) -> Dimensions:
+def dimensions(model: LanguageModel, blocks: int) -> Dimensions:
     shape, spec = model.shapes[0], model.parts.specs[0]
     widths = dict(spec.widths)
     return Dimensions(
         len(model.shapes), widths["q"][0], shape.heads, shape.kv_heads, shape.head_dim, widths["gate"][1],
-        model.parts.head[0].shape[0], shape.eps,
+        model.parts.head[0].shape[0], blocks, shape.eps,
     )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ OUTPUTS = ("next", "meta_next", "logits")  # logits only where they are wanted
 
 def program(instructions: str, dims: Dimensions, rank: int, rows: int) -> str:
     """Return the kernel's text; ``instructions``: what defines the functions of decode_ptx.cu."""
-    names = ("LAYERS", "E", "HEADS", "KV", "DIM", "F", "V")
+    names = ("LAYERS", "E", "HEADS", "KV", "DIM", "F", "V", "BLOCKS")
     constants = dict(zip(names, astuple(dims)[:-1], strict=True)) | {"RANK": rank, "MB": rows, "CHUNKS": CHUNKS}
     text = "".join(f"constexpr int {name} = {value};\n" for name, value in constants.items())
     text = f"namespace decode {{\n{text}constexpr float EPS = {dims.eps:.9e}f;\n}}\n"
@@ -182,29 +183,30 @@ def shared_bytes(dims: Dimensions, rank: int, rows: int) -> int:
 
     hidden, attended, intermediate = dims.inputs()
     slot = max(16 * pitch(hidden), 8 * pitch(attended), 8 * pitch(intermediate))
-    held = 64 if rank else 80
+    held = 64 if rank > 16 and rows > 8 else 80
     attention = 16 * (dims.head_dim * 2 + 64 + SUB * 2 + 64 + (SUB + 8) * 4) + 192
     total = 2 * WARPS * slot + max(held * 2 * WARPS * 8 * 4, attention)
     if rank:
-        total += WARPS * rows * 4 + WARPS * max(map(_chunks, dims.inputs())) * 64 + rows * 3 * rank * 4
+        own_hidden, own = -(-hidden // dims.blocks), max(-(-hidden // dims.blocks), -(-intermediate // dims.blocks))
+        total += max(own_hidden * 3 * rank, own * rank) * 2 + -(-rows * own * 2 // 16) * 16 + rows * 3 * rank * 4
     return total + WARPS * rows * 4 + 2 * WARPS * 8 + (dims.layers * 4 + 1) * 8 + 80
 
 
 def scratch(dims: Dimensions) -> mx.array:
-    """Return the kernel's scratch memory: barriers and intermediate values zero, the adapter's products empty."""
+    """Return the kernel's scratch memory, all zero."""
     hidden, attended, intermediate = dims.inputs()
     qkv, group = attended + 2 * dims.kv_heads * dims.head_dim, dims.heads // dims.kv_heads
     plain = 4096 + 16 * (4 * hidden + 4 * qkv + 2 * attended + 2 * intermediate) + 256 * 16 * 8
-    plain += dims.kv_heads * 32 * 16 * group * (8 + dims.head_dim * 4)
-    return mx.concatenate([mx.zeros(plain // 4, mx.uint32), mx.full(dims.layers * 4 * 16 * 96, 0xFFFFFFFF, mx.uint32)])
+    plain += dims.kv_heads * 32 * 16 * group * (8 + dims.head_dim * 4) + 4 * 16 * 96 * 8
+    return mx.zeros(plain // 4, mx.uint32)
 
 
 class DecodeKernel:
     """One base as the kernel sees it: addresses of its matrices, its norms, and scratch memory."""
 
     def __init__(self, model: LanguageModel, gpu: Gpu | None = None):
-        self.model, self.dims = model, dimensions(model)
-        self.gpu = gpu or Gpu(multiprocessors(), addresses, _step_kernel)
+        self.model, self.gpu = model, gpu or Gpu(multiprocessors(), addresses, _step_kernel)
+        self.dims = dimensions(model, self.gpu.blocks)
         shape, parts = model.shapes[0], model.parts
         norms = [
             layer[name] for layer in model.plain for name in ("input_norm", "post_norm", "q_norm", "k_norm")
@@ -239,21 +241,20 @@ class DecodeKernel:
             return 0
         own = max(a.shape[1] for a, _, _ in update.values())
         found = next((rank for rank in RANKS if rank >= own), None)
-        fits = found and 3 * found <= self.gpu.blocks and shared_bytes(self.dims, found, 8) <= SHARED_LIMIT
+        fits = found and shared_bytes(self.dims, found, 8) <= SHARED_LIMIT
         return found if fits else None
 
     def packed(self, update: Update, rank: int) -> mx.array:
-        """Lay an adapter out for the kernel: by layer and group A [members * rank, inputs], then B [outputs, rank]."""
-        found = []
+        """Lay an adapter out for the kernel: by layer and group A [inputs, members * rank], where a norm comes first
+        with its weights in it, then B [outputs, rank]."""
+        found, norms = [], {"qkv": "input_norm", "gate_up": "post_norm"}
         for i in range(self.dims.layers):
-            for _, own, widths in group_updates(self.model, update, i):
-                for pair, (inputs, _) in zip(own, widths, strict=True):
-                    a = mx.zeros((rank, inputs)) if pair is None else _padded(pair[0].T, rank)
-                    found.append(a.astype(mx.bfloat16).reshape(-1))
-                for pair, (_, outputs) in zip(own, widths, strict=True):
-                    b = mx.zeros((rank, outputs)) if pair is None else _padded(pair[2] * pair[1], rank)
-                    found.append(b.T.astype(mx.bfloat16).reshape(-1))
-        packed = mx.concatenate(found)
+            for group, own, widths in group_updates(self.model, update, i):
+                norm = self.model.plain[i][norms[group]].astype(mx.float32) if group in norms else mx.ones(1)
+                a = [_padded(pair, widths[at], rank)[0] * norm[:, None] for at, pair in enumerate(own)]
+                b = [_padded(pair, widths[at], rank)[1].T for at, pair in enumerate(own)]
+                found += [mx.concatenate(a, axis=1).reshape(-1), mx.concatenate(b).reshape(-1)]
+        packed = mx.concatenate(found).astype(mx.bfloat16)
         mx.eval(packed)
         return packed
 
@@ -277,8 +278,12 @@ def _dequantized(matrix: tuple, how: Packing) -> mx.array:
     return found
 
 
-def _padded(matrix: mx.array, rank: int) -> mx.array:
-    return mx.pad(matrix.astype(mx.float32), [(0, rank - matrix.shape[0]), (0, 0)])
+def _padded(pair: tuple | None, widths: tuple[int, int], rank: int) -> tuple[mx.array, mx.array]:
+    """Return a module's A [inputs, rank] and scaled B [rank, outputs] in float32, zero where it has none."""
+    if pair is None:
+        return mx.zeros((widths[0], rank)), mx.zeros((rank, widths[1]))
+    (a, b, scale), more = pair, (0, rank - pair[0].shape[1])
+    return mx.pad(a.astype(mx.float32), [(0, 0), more]), mx.pad(scale * b.astype(mx.float32), [more, (0, 0)])
 
 
 class KernelBatch:

@@ -35,7 +35,6 @@ __device__ __forceinline__ void product(Block& k, int layer) {
   const int M = k.M, nu = k.units(P), lo = k.lo(P), hi = k.hi(P), at_once = min(SPAN / (T == 2 && P != 2 ? 16 : 8), HELD / M);
   float* parts = reinterpret_cast<float*>(k.sm + AT_PARTS);
   float* squares = reinterpret_cast<float*>(k.sm + AT_SS);
-  float* zp = reinterpret_cast<float*>(k.sm + AT_ZP);
   float* zs = reinterpret_cast<float*>(k.sm + AT_ZS);
 
   // what does not depend on the phase before
@@ -50,13 +49,20 @@ __device__ __forceinline__ void product(Block& k, int layer) {
     }
   };
   load_b(lo + k.tid % SPAN);
-  if (P < 4 && k.has_z(P)) k.fetch_a(layer, P, 0);
+  constexpr int NEXT = P == 1 ? 2 : P == 2 ? 3 : 0;  // the product whose inputs are finished here
+  const bool feeds = RANK && (P == 1 || P == 2 || (P == 3 && layer + 1 < LAYERS));
+  if (feeds) k.fetch_a(P == 3 ? layer + 1 : layer, NEXT, lo, hi - lo);
   k.wait();
-  if (RANK && (layer || P)) {  // z of the phase before has been read by all: empty it for the next step
-    constexpr int before = (P + 3) % 4;
-    const int l = P == 0 || P == 4 ? layer - 1 : layer;
-    if (k.has_z(before) && k.tid < M) k.z_at(l, before)[k.tid * low(before) + k.b] = EMPTY;
-  }
+  constexpr int HERE = P < 4 ? P : 0, BEFORE = (P + 3) % 4, ZS = (MB * low(HERE) + THREADS - 1) / THREADS;
+  long long z[RANK && P < 4 ? ZS : 1];
+  if (RANK && P < 4)
+#pragma unroll
+    for (int i = 0; i < ZS; i++) {
+      const int at = k.tid + i * THREADS;
+      z[i] = at < M * low(HERE) ? __ldcg(k.z_at(HERE) + at) : 0;
+    }
+  if (RANK && (layer || P))  // z of the product before has been read by all
+    for (int i = k.tid * k.n + k.b; i < M * low(BEFORE); i += THREADS * k.n) k.z_at(BEFORE)[i] = 0;
 
   const bf* x = reinterpret_cast<const bf*>(k.at(P == 0 || P == 4 ? S_X0 : P == 1 ? S_ATT : P == 2 ? S_X1 : S_ACT));
   float best[P == 4 ? MB : 1];
@@ -64,8 +70,6 @@ __device__ __forceinline__ void product(Block& k, int layer) {
   if (P == 4)
 #pragma unroll
     for (int m = 0; m < MB; m++) best[m] = NONE, best_at[m] = 0;
-  float zacc[4] = {0, 0, 0, 0};
-  u32 early[2] = {EMPTY, EMPTY};
 #pragma unroll 1
   for (int pass = 0; pass < NP; pass++) {
     u32 in[N][4 * HALVES];
@@ -109,33 +113,10 @@ __device__ __forceinline__ void product(Block& k, int layer) {
       for (int w = 0; w < WARPS; w++) sum += squares[w * MB + m];
       return rsqrtf(sum / inputs(P) + EPS);
     };
-    auto low_product = [&]() {  // of this block's row of A
-      wait_copies();
-      __syncwarp();
-      float part[4][4] = {};
+    if (RANK && P < 4 && pass == 0)
 #pragma unroll
-      for (int c = 0; c < N; c++) {
-        const uint4 w = k.g ? make_uint4(0, 0, 0, 0) : *reinterpret_cast<const uint4*>(k.row_of_a() + c * 64 + k.t * 16);
-        mma(part[c % 2 * 2], in[c][0], H ? in[c][H] : 0, in[c][1], H ? in[c][H + 1] : 0, w.x, w.y);
-        mma(part[c % 2 * 2 + 1], in[c][2], H ? in[c][H + 2] : 0, in[c][3], H ? in[c][H + 3] : 0, w.z, w.w);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; i++) zacc[i] += part[0][i] + part[1][i] + part[2][i] + part[3][i];
-      __syncwarp();
-      if (pass < NP - 1) k.fetch_a(layer, P, pass + 1);
-      else {
-        if (k.t == 0)
-#pragma unroll
-          for (int h = 0; h < HALVES; h++) zp[k.warp * MB + k.g + 8 * h] = zacc[2 * h];
-        __syncthreads();
-        if (k.tid < M) {
-          float sum = 0;
-#pragma unroll
-          for (int w = 0; w < WARPS; w++) sum += zp[w * MB + k.tid];
-          __stcg(reinterpret_cast<float*>(k.z_at(layer, P)) + k.tid * low(P) + k.b, sum * factor(k.tid));
-        }
-      }
-    };
+      for (int i = 0; i < ZS; i++)
+        if (k.tid + i * THREADS < M * low(HERE)) zs[k.tid + i * THREADS] = (float)z[i] / Z_ONE;
 #pragma unroll 1
     for (int from_unit = 0; from_unit < nu; from_unit += at_once) {
       const int to_unit = min(nu, from_unit + at_once);
@@ -143,11 +124,6 @@ __device__ __forceinline__ void product(Block& k, int layer) {
 #pragma unroll 1
       for (int u = from_unit; u < to_unit; u++) {
         float acc[T][4];
-        if (RANK && P < 4 && u == nu - 1 && pass == NP - 1) {  // on their way while the last unit is worked on
-#pragma unroll
-          for (int i = 0; i < 2; i++)
-            if (k.tid + i * THREADS < M * low(P)) early[i] = load_volatile(k.z_at(layer, P) + k.tid + i * THREADS);
-        }
         const char* from = k.take();
 #pragma unroll
         for (int i = 0; i < T; i++) {
@@ -165,21 +141,9 @@ __device__ __forceinline__ void product(Block& k, int layer) {
             if (NP > 1 && pass) { float2 old = *to; sum.x += old.x; sum.y += old.y; }
             *to = sum;
           }
-        // after the first unit, so that the stream runs on meanwhile
-        if (P < 4 && u == 0 && k.has_z(P)) low_product();
       }
       if (pass < NP - 1) continue;
-      if (RANK && P < 4 && from_unit == 0) {
-        const u32* z = k.z_at(layer, P);
-        for (int i = k.tid; i < M * low(P); i += THREADS) {
-          u32 v = i < THREADS ? early[0] : i < 2 * THREADS ? early[1] : EMPTY, tries = 0;
-          while (v == EMPTY) {
-            v = load_volatile(z + i);
-            stop_if_stuck(tries);
-          }
-          zs[i] = __uint_as_float(v);
-        }
-      }
+      if (feeds) wait_copies();
       __syncthreads();
       const int at = k.tid % SPAN;
       auto whole = [&](int tile, int m) {
@@ -196,14 +160,17 @@ __device__ __forceinline__ void product(Block& k, int layer) {
           const int m = SPAN == THREADS ? j : k.tid / SPAN + j * (THREADS / SPAN);
           if (m >= M) break;
           if (P == 0) {
-            float y = whole(at / 8, m) * factor(m);
+            float y = whole(at / 8, m);
             if (RANK) y += update<P>(b0, zs + m * low(0) + (row < QW ? 0 : row < QW + KW ? RANK : 2 * RANK));
-            __stcg(reinterpret_cast<float*>(k.at(S_QKV)) + (long)m * QKV + row, y);
+            __stcg(reinterpret_cast<float*>(k.at(S_QKV)) + (long)m * QKV + row, y * factor(m));
           } else if (P == 2) {
             const float f = factor(m);
-            float gate = whole(at / 8 * 2, m) * f, up = whole(at / 8 * 2 + 1, m) * f;
+            float gate = whole(at / 8 * 2, m), up = whole(at / 8 * 2 + 1, m);
             if (RANK) gate += update<P>(b0, zs + m * low(2)), up += update<P>(b1, zs + m * low(2) + RANK);
-            reinterpret_cast<bf*>(k.at(S_ACT))[(long)m * F + row] = __float2bfloat16(gate / (1.0f + __expf(-gate)) * up);
+            gate *= f, up *= f;
+            const bf act = __float2bfloat16(gate / (1.0f + __expf(-gate)) * up);
+            reinterpret_cast<bf*>(k.at(S_ACT))[(long)m * F + row] = act;
+            if (feeds) k.own_x(m)[row - lo] = act;
           } else if (P == 4) {
             const float y = whole(at / 8, m) * factor(m);
             if (k.a.logits) k.a.logits[(long)m * V + row] = y;
@@ -214,12 +181,17 @@ __device__ __forceinline__ void product(Block& k, int layer) {
             const bf* old = reinterpret_cast<const bf*>(k.at(P == 1 ? S_X0 : S_X1)) + (long)m * E + row;
             y += __bfloat162float(__ldcg(old));
             reinterpret_cast<bf*>(k.at(P == 1 ? S_X1 : S_X0))[(long)m * E + row] = __float2bfloat16(y);
+            if (feeds) k.own_x(m)[row - lo] = __float2bfloat16(y);
           }
         }
       if (to_unit < nu) __syncthreads();
     }
   }
   if (P < 4) {
+    if (feeds) {
+      __syncthreads();
+      k.add_z<NEXT>(hi - lo);
+    }
     k.arrive();
     return;
   }

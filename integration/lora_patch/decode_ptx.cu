@@ -55,6 +55,9 @@ __device__ __forceinline__ uint4 load_l2(const void* p) {
 __device__ __forceinline__ void add_relaxed(void* p, u32 v) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+__device__ __forceinline__ void add_relaxed(long long* p, long long v) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // -- arithmetic -------------------------------------------------------------------------------------------------------

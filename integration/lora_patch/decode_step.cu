@@ -19,9 +19,20 @@ __device__ __forceinline__ void step(const Args& args) {
   __syncthreads();
   k.ahead = {0, 0, 0, 0};
   for (int s = 0; s < SLOTS; s++) k.issue(s);
-  if (k.b < k.M) {
-    const uint4* from = reinterpret_cast<const uint4*>(reinterpret_cast<const bf*>(args.table[LAYERS * 4 + 1]) + (long)args.tokens[k.b] * E);
-    for (int i = k.tid; i < E / 8; i += THREADS) __stcg(reinterpret_cast<uint4*>(k.at(S_X0) + (long)k.b * E * 2) + i, from[i]);
+  const bf* embedding = reinterpret_cast<const bf*>(args.table[LAYERS * 4 + 1]);
+  for (int m = k.b; m < k.M; m += k.n) {
+    const uint4* from = reinterpret_cast<const uint4*>(embedding + (long)args.tokens[m] * E);
+    for (int i = k.tid; i < E / 8; i += THREADS) __stcg(reinterpret_cast<uint4*>(k.at(S_X0) + (long)m * E * 2) + i, from[i]);
+  }
+  if (RANK) {
+    const int lo = k.lo(1), count = k.hi(1) - lo;
+    k.fetch_a(0, 0, lo, count);
+    for (int i = k.tid; i < k.M * count; i += THREADS) {
+      k.own_x(i / count)[i % count] = embedding[(long)args.tokens[i / count] * E + lo + i % count];
+    }
+    wait_copies();
+    __syncthreads();
+    k.add_z<0>(count);
   }
   k.arrive();
 #pragma unroll 1

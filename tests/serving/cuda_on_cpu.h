@@ -61,6 +61,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2
 
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline float __expf(float v) { return std::exp(v); }
+inline long long __float2ll_rn(float v) { return std::llrint(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 
 // -- fibers -----------------------------------------------------------------------------------------------------------
@@ -362,6 +363,7 @@ inline u32 load_volatile(const u32* p) {
 inline u32 load_acquire(const u32* p) { return load_volatile(p); }
 inline uint4 load_l2(const void* p) { return *(const uint4*)p; }
 inline void add_relaxed(void* p, u32 v) { *(u32*)p += v, cpu::m.idle = 0; }
+inline void add_relaxed(long long* p, long long v) { *p += v, cpu::m.idle = 0; }
 inline void prefetch_l2(const void*) {}
 
 inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
