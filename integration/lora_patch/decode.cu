@@ -8,14 +8,14 @@
 // The adapter: whoever finishes some inputs of a product adds what they give to z = A x, before the barrier that everyone
 // waits for anyway; a row of B is applied where an output is finished. z is summed in integers (units of 2^-32), so that
 // it does not depend on the order of the blocks. The Python side (decode_kernel.py) defines the model's dimensions in front of this text: LAYERS, E (hidden),
-// HEADS, KV (key-value heads), DIM (of a head), F (intermediate), V (vocabulary), BLOCKS (of the grid), EPS, RANK (0 without an adapter), MB
+// HEADS, KV (key-value heads), DIM (of a head), F (intermediate), V (vocabulary), BLOCKS (of the grid), BITS (of a matrix's value: 16 or 4), EPS, RANK (0 without an adapter), MB
 // (rows at most: 8 or 16), CHUNKS (of 32 inputs, that a warp holds at a time).
 
 namespace decode {
 
 typedef __nv_bfloat16 bf;
 
-constexpr int WARPS = 8, THREADS = 256, SLOTS = 2, HALVES = MB / 8;
+constexpr int WARPS = 8, THREADS = 256, SLOTS = BITS == 4 ? 6 : 2, HALVES = MB / 8;
 constexpr int QW = HEADS * DIM, KW = KV * DIM, QKV = QW + 2 * KW, GROUP = HEADS / KV;
 constexpr int SUB = 128;  // columns of the cache that a block attends to at a time
 constexpr float NONE = -3.0e38f;
@@ -32,8 +32,10 @@ __host__ __device__ constexpr int passes(int p) {
 }
 __host__ __device__ constexpr int chunks(int p) { return inputs(p) / (32 * WARPS) / passes(p); }  // of 32 inputs
 __host__ __device__ constexpr int tiles(int p) { return p == 1 || p == 3 ? 1 : 2; }  // of 8 rows in a unit
-__host__ __device__ constexpr int bytes(int p) { return chunks(p) * 64; }  // of a row in a unit
-__host__ __device__ constexpr int pitch(int p) { return bytes(p) % 128 ? bytes(p) : bytes(p) + 64; }
+// Bytes of a row in a unit. Of 4 bits: 16 bytes a chunk, then scale and bias of each chunk, padded to an odd number of 16
+// bytes, so that eight rows side by side lie in different banks.
+__host__ __device__ constexpr int bytes(int p) { return BITS == 4 ? (chunks(p) * 20 + 15) / 16 / 2 * 32 + 16 : chunks(p) * 64; }
+__host__ __device__ constexpr int pitch(int p) { return BITS == 4 || bytes(p) % 128 ? bytes(p) : bytes(p) + 64; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int SLOT = larger(larger(pitch(0) * 16, pitch(1) * 8), larger(pitch(2) * 16, pitch(3) * 8));
 __host__ __device__ constexpr int low(int p) { return RANK * (p == 0 ? 3 : p == 2 ? 2 : 1); }  // rows of A
@@ -98,6 +100,20 @@ __device__ __forceinline__ u32 pack(float a, float b) {
   __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
   return *reinterpret_cast<u32*>(&v);
 }
+// Return eight values of 4 bits: 0 and 4 of the bits hold the first pair, 1 and 5 the next. A scale, then a bias, each
+// of 16 bits. 0x4300 is 128, where the last bit of a bfloat16 is 1.
+__device__ __forceinline__ uint4 unpacked(u32 q, u32 scale_bias) {
+  const u32 scale = (scale_bias & 0xffffu) * 0x10001u, bias = (scale_bias >> 16) * 0x10001u;
+  u32 found[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const u32 v = (q >> (4 * i) & 0x000f000fu) | 0x43004300u, far = 0x43004300u;
+    const __nv_bfloat162 n = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&v), *reinterpret_cast<const __nv_bfloat162*>(&far));
+    const __nv_bfloat162 w = __hfma2(n, *reinterpret_cast<const __nv_bfloat162*>(&scale), *reinterpret_cast<const __nv_bfloat162*>(&bias));
+    found[i] = *reinterpret_cast<const u32*>(&w);
+  }
+  return make_uint4(found[0], found[1], found[2], found[3]);
+}
 __device__ __forceinline__ float round_bf(float v) { return __bfloat162float(__float2bfloat16(v)); }
 __device__ __forceinline__ float dot8(uint4 b, const float* z) {
   float2 u = two(b.x), v = two(b.y), x = two(b.z), y = two(b.w);
@@ -160,18 +176,26 @@ struct Block {
   __device__ __forceinline__ u32 bar(u32 slot) const { return shared_at(sm + AT_BAR) + (warp * SLOTS + slot) * 8; }
   __device__ __forceinline__ char* slot(u32 s) const { return sm + (warp * SLOTS + s) * SLOT; }
 
-  // Return where this lane's row of a unit lies, whether there is one, and its length in bytes.
-  __device__ __forceinline__ bool source(const Unit& unit, const char*& from, int& size) const {
+  // Return where this lane's rows of a unit lie, whether there are any, and their length in bytes. 16 bits: a row a lane,
+  // of a matrix as it stands. 4 bits: rows in a run, of a matrix by warp, pass and row.
+  __device__ __forceinline__ bool source(const Unit& unit, const char*& from, int& size, int& to) const {
     const int p = unit.p;
-    if (p > 4) return false;
     const int count = p == 0 ? passes(0) : p == 1 ? passes(1) : p == 2 ? passes(2) : p == 3 ? passes(3) : passes(4);
     size = p == 0 ? bytes(0) : p == 1 ? bytes(1) : p == 2 ? bytes(2) : p == 3 ? bytes(3) : bytes(4);
-    const int high = p == 0 || p == 4 ? 16 : 8;
-    int row = lo(p) + unit.u * high + (p == 2 ? lane & 7 : lane);
+    const int pad = p == 0 ? pitch(0) : p == 1 ? pitch(1) : p == 2 ? pitch(2) : p == 3 ? pitch(3) : pitch(4);
+    const int high = p == 0 || p == 4 ? 16 : 8, first = lo(p) + unit.u * high;
+    from = reinterpret_cast<const char*>(reinterpret_cast<const long*>(sm + AT_TABLE)[p == 4 ? LAYERS * 4 : unit.layer * 4 + p]);
+    if (BITS == 4) {
+      const int all = p == 0 ? QKV : p == 2 ? 2 * F : p == 4 ? V : E;
+      from += ((long)(warp * count + unit.pass) * all + first + (lane ? F : 0)) * size;
+      size *= min(high, hi(p) - first), to = lane * 8 * pad;
+      return lane < (p == 2 ? 2 : 1);
+    }
+    int row = first + (p == 2 ? lane & 7 : lane);
     const bool valid = lane < (p == 2 ? 16 : high) && row < hi(p);
     if (p == 2 && lane & 8) row += F;
-    from = reinterpret_cast<const char*>(reinterpret_cast<const long*>(sm + AT_TABLE)[p == 4 ? LAYERS * 4 : unit.layer * 4 + p]) +
-           (long)row * inputs(p) * 2 + (long)(warp * count + unit.pass) * size;
+    from += (long)row * inputs(p) * 2 + (long)(warp * count + unit.pass) * size;
+    to = lane * pad;
     return valid;
   }
   __device__ __forceinline__ void advance(Unit& unit) const {
@@ -186,14 +210,13 @@ struct Block {
   // Start the copies of the next unit into a slot that is free.
   __device__ __forceinline__ void issue(u32 s) {
     const char* from;
-    int size = 0;
+    int size, to;
     if (ahead.p <= 4) {
-      const bool valid = source(ahead, from, size);
-      const int pad = ahead.p == 0 ? pitch(0) : ahead.p == 1 ? pitch(1) : ahead.p == 2 ? pitch(2) : ahead.p == 3 ? pitch(3) : pitch(4);
+      const bool valid = source(ahead, from, size, to);
       const u32 total = __popc(__ballot_sync(~0u, valid)) * size;
       if (lane == 0) mbar_arrive_expect(bar(s), total);
       __syncwarp();
-      if (valid) copy_bulk(shared_at(slot(s) + lane * pad), from, size, bar(s));
+      if (valid) copy_bulk(shared_at(slot(s) + to), from, size, bar(s));
       advance(ahead);
     }
   }

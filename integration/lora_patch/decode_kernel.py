@@ -42,6 +42,7 @@ class Dimensions:
     intermediate: int
     vocabulary: int
     blocks: int  # of the grid
+    bits: int  # of a matrix's value, as the kernel reads it: 16 or 4
     eps: float
 
     def inputs(self) -> tuple[int, int, int]:
@@ -68,10 +69,20 @@ def refusal(model: LanguageModel) -> str | None:
     return None
 
 
+def packings(model: LanguageModel) -> set[Packing | None]:
+    """Return how the matrices are stored that a step reads."""
+    found = {how for shape in model.shapes for _, stored in shape.packing for how in stored}
+    return found | {model.parts.head_packing, stored_matrix(model.parts.embed)[1]}
+
+
 def quantized(model: LanguageModel) -> bool:
-    """Whether any matrix is quantized: the kernel then reads a 16-bit copy of all, made once."""
-    packings = {how for shape in model.shapes for _, stored in shape.packing for how in stored}
-    return packings | {model.parts.head_packing} != {None}
+    """Whether any matrix is quantized: the kernel then reads a copy of all, made once, of 4 bits or of 16."""
+    return packings(model) != {None}
+
+
+def four_bits(model: LanguageModel) -> bool:
+    """Whether the kernel can read the matrices in 4 bits each."""
+    return all(how and how.bits == 4 and how.mode == "affine" and how.group_size % 32 == 0 for how in packings(model))
 
 
 def unpacked_bytes(dims: Dimensions) -> int:
@@ -85,7 +96,8 @@ def dimensions(model: LanguageModel, blocks: int) -> Dimensions:
     widths = dict(spec.widths)
     return Dimensions(
         len(model.shapes), widths["q"][0], shape.heads, shape.kv_heads, shape.head_dim, widths["gate"][1],
-        model.parts.head[0].shape[0], blocks, shape.eps,
+        model.parts.head[0].shape[0], blocks,
+        4 if four_bits(model) else 16, shape.eps,
     )  # fmt: skip
 
 
@@ -129,7 +141,7 @@ OUTPUTS = ("next", "meta_next", "logits")  # logits only where they are wanted
 
 def program(instructions: str, dims: Dimensions, rank: int, rows: int) -> str:
     """Return the kernel's text; ``instructions``: what defines the functions of decode_ptx.cu."""
-    names = ("LAYERS", "E", "HEADS", "KV", "DIM", "F", "V", "BLOCKS")
+    names = ("LAYERS", "E", "HEADS", "KV", "DIM", "F", "V", "BLOCKS", "BITS")
     constants = dict(zip(names, astuple(dims)[:-1], strict=True)) | {"RANK": rank, "MB": rows, "CHUNKS": CHUNKS}
     text = "".join(f"constexpr int {name} = {value};\n" for name, value in constants.items())
     text = f"namespace decode {{\n{text}constexpr float EPS = {dims.eps:.9e}f;\n}}\n"
@@ -174,10 +186,17 @@ def _chunks(inputs: int) -> int:
     return whole // next(n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= CHUNKS)
 
 
+def _four_bit_row(inputs: int) -> int:
+    """Return the bytes of a row in 4 bits that a warp takes at a time, an odd number of 16 bytes."""
+    return (_chunks(inputs) * 20 + 15) // 16 // 2 * 32 + 16
+
+
 def shared_bytes(dims: Dimensions, rank: int, rows: int) -> int:
     """Return the shared memory of a block, as decode.cu lays it out."""
 
     def pitch(inputs):
+        if dims.bits == 4:
+            return _four_bit_row(inputs)
         size = _chunks(inputs) * 64
         return size if size % 128 else size + 64
 
@@ -185,11 +204,12 @@ def shared_bytes(dims: Dimensions, rank: int, rows: int) -> int:
     slot = max(16 * pitch(hidden), 8 * pitch(attended), 8 * pitch(intermediate))
     held = 64 if rank > 16 and rows > 8 else 80
     attention = 16 * (dims.head_dim * 2 + 64 + SUB * 2 + 64 + (SUB + 8) * 4) + 192
-    total = 2 * WARPS * slot + max(held * 2 * WARPS * 8 * 4, attention)
+    slots = 6 if dims.bits == 4 else 2
+    total = slots * WARPS * slot + max(held * 2 * WARPS * 8 * 4, attention)
     if rank:
         own_hidden, own = -(-hidden // dims.blocks), max(-(-hidden // dims.blocks), -(-intermediate // dims.blocks))
         total += max(own_hidden * 3 * rank, own * rank) * 2 + -(-rows * own * 2 // 16) * 16 + rows * 3 * rank * 4
-    return total + WARPS * rows * 4 + 2 * WARPS * 8 + (dims.layers * 4 + 1) * 8 + 80
+    return total + WARPS * rows * 4 + slots * WARPS * 8 + (dims.layers * 4 + 1) * 8 + 80
 
 
 def scratch(dims: Dimensions) -> mx.array:
@@ -217,13 +237,20 @@ class DecodeKernel:
         self.scratch = scratch(self.dims)
         self.nothing = mx.zeros((8,), mx.bfloat16)
         mx.eval(self.norms, self.frequencies, self.scratch, self.nothing)
-        self.unpacked = [self._unpacked(at) for at in range(self.dims.layers)] if quantized(model) else None
-        how = parts.head_packing
-        self.head = parts.head[0] if how is None else _dequantized(parts.head, how)
-        self.embedding = self.head
-        if not model.tied:
-            table, how = stored_matrix(parts.embed)
-            self.embedding = table[0] if how is None else _dequantized(table, how)
+        copies = self._repacked if self.dims.bits == 4 else self._unpacked
+        self.copies = [copies(at) for at in range(self.dims.layers)] if quantized(model) else None
+        self.head = self._copy(parts.head, parts.head_packing)
+        self.embedding = self.head if model.tied else self._copy(*stored_matrix(parts.embed))
+
+    def _copy(self, matrix: tuple, how: Packing | None) -> mx.array:
+        if self.dims.bits == 4:
+            return _repacked([(matrix, how)])
+        return matrix[0] if how is None else _dequantized(matrix, how)
+
+    def _repacked(self, at: int) -> list[mx.array]:
+        """Return a layer's matrices by group, in 4 bits as the kernel reads them."""
+        stored = dict(self.model.shapes[at].packing)
+        return [_repacked(list(zip(self.model.plain[at][group], stored[group], strict=True))) for group in GROUPS]
 
     def _unpacked(self, at: int) -> list[mx.array]:
         """Return a layer's matrices [outputs, inputs] by group, in 16 bits."""
@@ -261,15 +288,37 @@ class DecodeKernel:
     def table(self, layers: list[dict]) -> mx.array:
         """Return the addresses of all matrices of ``layers``, looked up again: memory that the host reads may move."""
         # stored [outputs, inputs]; the layers hold transposed views of that
-        if self.unpacked is None:
+        if self.copies is None:
             arrays = [layer[group][0][0] for layer in layers for group in GROUPS]
         else:
-            arrays = [matrix for layer in self.unpacked for matrix in layer]
+            arrays = [matrix for layer in self.copies for matrix in layer]
         return self.gpu.addresses([*arrays, self.head, self.embedding])
 
     def longest(self, rank: int) -> int:
         """Return how many rows a step can have."""
         return ROWS if shared_bytes(self.dims, rank, ROWS) <= SHARED_LIMIT else 8
+
+
+def _repacked(matrices: list[tuple[tuple, Packing]]) -> mx.array:
+    """Return matrices [outputs, inputs], one under the other, as uint32 [warp and pass, outputs, words].
+
+    Words: the values that a warp takes of a row, eight a word (the first of each pair in the low half), then scale and
+    bias of each 32, then padding.
+    """
+    words, sides = [], []
+    for (values, scales, biases), how in matrices:
+        nibbles = [values >> 4 * at & 15 for at in range(8)]
+        words.append(sum((nibbles[at] << 4 * (at // 2) + 16 * (at % 2) for at in range(1, 8)), nibbles[0]))
+        pair = [side.astype(mx.bfloat16).view(mx.uint16).astype(mx.uint32) for side in (scales, biases)]
+        sides.append(mx.repeat(pair[0] | pair[1] << 16, how.group_size // 32, axis=1))
+    words, sides = mx.concatenate(words), mx.concatenate(sides)
+    inputs, chunks = words.shape[1] * 8, _chunks(words.shape[1] * 8)
+    parts = [part.reshape(len(part), -1, width) for part, width in ((words, chunks * 4), (sides, chunks))]
+    rows = mx.concatenate(parts, axis=2)
+    rows = mx.pad(rows, [(0, 0), (0, 0), (0, _four_bit_row(inputs) // 4 - rows.shape[2])])
+    found = mx.contiguous(rows.swapaxes(0, 1))
+    mx.eval(found)
+    return found
 
 
 def _dequantized(matrix: tuple, how: Packing) -> mx.array:

@@ -7,7 +7,10 @@ __device__ __forceinline__ void multiply(const char* from, const u32 (&x)[chunks
   float part[4][4] = {};  // four chains: a tensor core's answer takes as long as several products
 #pragma unroll
   for (int c = 0; c < chunks(P); c++) {
-    uint4 w = *reinterpret_cast<const uint4*>(from + g * pitch(P) + c * 64 + t * 16);
+    const char* row = from + g * pitch(P);
+    uint4 w;
+    if (BITS == 4) w = unpacked(*reinterpret_cast<const u32*>(row + c * 16 + t * 4), *reinterpret_cast<const u32*>(row + chunks(P) * 16 + c * 4));
+    else w = *reinterpret_cast<const uint4*>(row + c * 64 + t * 16);
     mma(part[c % 2 * 2], x[c][0], H ? x[c][H] : 0, x[c][1], H ? x[c][H + 1] : 0, w.x, w.y);
     mma(part[c % 2 * 2 + 1], x[c][2], H ? x[c][H + 2] : 0, x[c][3], H ? x[c][H + 3] : 0, w.z, w.w);
   }

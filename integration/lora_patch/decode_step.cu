@@ -1,6 +1,14 @@
 // A decoding step (see decode.cu): embedding, layers, output head.
 namespace decode {
 
+// Return eight values of a token's embedding, 8 i and on.
+__device__ __forceinline__ uint4 embedded(const char* table, int token, int i) {
+  if (BITS == 16) return reinterpret_cast<const uint4*>(table + (long)token * E * 2)[i];
+  const int c = i / 4 % chunks(4);
+  const char* row = table + ((long)(i / 4 / chunks(4)) * V + token) * bytes(4);
+  return unpacked(reinterpret_cast<const u32*>(row)[c * 4 + i % 4], reinterpret_cast<const u32*>(row)[chunks(4) * 4 + c]);
+}
+
 __device__ __forceinline__ void step(const Args& args) {
   char* const shared = shared_memory();
   Block k;
@@ -19,16 +27,18 @@ __device__ __forceinline__ void step(const Args& args) {
   __syncthreads();
   k.ahead = {0, 0, 0, 0};
   for (int s = 0; s < SLOTS; s++) k.issue(s);
-  const bf* embedding = reinterpret_cast<const bf*>(args.table[LAYERS * 4 + 1]);
-  for (int m = k.b; m < k.M; m += k.n) {
-    const uint4* from = reinterpret_cast<const uint4*>(embedding + (long)args.tokens[m] * E);
-    for (int i = k.tid; i < E / 8; i += THREADS) __stcg(reinterpret_cast<uint4*>(k.at(S_X0) + (long)m * E * 2) + i, from[i]);
-  }
+  const char* table = reinterpret_cast<const char*>(args.table[LAYERS * 4 + 1]);
+  for (int m = k.b; m < k.M; m += k.n)
+    for (int i = k.tid; i < E / 8; i += THREADS)
+      __stcg(reinterpret_cast<uint4*>(k.at(S_X0) + (long)m * E * 2) + i, embedded(table, args.tokens[m], i));
   if (RANK) {
     const int lo = k.lo(1), count = k.hi(1) - lo;
     k.fetch_a(0, 0, lo, count);
     for (int i = k.tid; i < k.M * count; i += THREADS) {
-      k.own_x(i / count)[i % count] = embedding[(long)args.tokens[i / count] * E + lo + i % count];
+      const int at = lo + i % count;
+      const uint4 v = embedded(table, args.tokens[i / count], at / 8);
+      const float2 both = two(at & 4 ? at & 2 ? v.w : v.z : at & 2 ? v.y : v.x);
+      k.own_x(i / count)[i % count] = __float2bfloat16(at & 1 ? both.y : both.x);
     }
     wait_copies();
     __syncthreads();

@@ -59,6 +59,15 @@ inline __nv_bfloat16 __float2bfloat16(float v) {  // to nearest, ties to even
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16(a), __float2bfloat16(b)}; }
 
+template <class Action>
+inline __nv_bfloat162 each(Action action) { return {__float2bfloat16(action(&__nv_bfloat162::x)), __float2bfloat16(action(&__nv_bfloat162::y))}; }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return each([&](auto half) { return __bfloat162float(a.*half) - __bfloat162float(b.*half); });
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  return each([&](auto half) { return std::fma(__bfloat162float(a.*half), __bfloat162float(b.*half), __bfloat162float(c.*half)); });
+}
+
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline float __expf(float v) { return std::exp(v); }
 inline long long __float2ll_rn(float v) { return std::llrint(v); }

@@ -129,7 +129,8 @@ def cpus(model, tmp_path_factory) -> dict[int, Cpu]:
     found = {rank: Cpu(folder, blocks) for rank, blocks in BLOCKS.items()}
     wanted = [(0, 8, True), (0, 8, False), (8, 8, True), (8, 16, True), (16, 8, True)]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda which: found[which[0]].library(decode_kernel.dimensions(model, BLOCKS[which[0]]), *which), wanted))
+        dims = {rank: decode_kernel.dimensions(model, blocks) for rank, blocks in BLOCKS.items()}
+        list(pool.map(lambda which: found[which[0]].library(dims[which[0]], *which), wanted))
     return found
 
 
@@ -174,12 +175,26 @@ def test_adapter_of_some_modules(model, cpus):
     Case(model, cpus[8], 8, random_update(model, 5, "q v up down")).check(JOINING[:3])
 
 
-def test_quantized_base(cpus):
+@pytest.mark.parametrize("read", [4, 16])
+def test_quantized_base(cpus, monkeypatch, read):
+    """In 4 bits as they are stored, and unpacked."""
+    if read == 16:
+        monkeypatch.setattr(decode_kernel, "four_bits", lambda model: False)
     case, rounded = Case(random_model(bits=4), cpus[0]), random_model(rounded=True)
+    assert case.kernel.dims.bits == read
     # MLX's product with 4-bit matrices sums in 16 bits on a CPU, and is off by more than the kernel
     case.model = case.kernel.model = rounded
     case.layers = rounded.plain
     case.check(SHORT)
+
+
+def test_adapter_beside_a_quantized_base(cpus, monkeypatch):
+    monkeypatch.setattr(decode_kernel, "CHUNKS", 2)
+    model, rounded = random_model(bits=4), random_model(rounded=True)
+    case = Case(model, cpus[8], 8, random_update(model, 8))
+    case.model = case.kernel.model = rounded
+    case.layers = rounded.layers(case.update)
+    case.check(JOINING[:5], (1, 2))
 
 
 def test_cache_that_grows(base, monkeypatch):
