@@ -53,7 +53,9 @@ constexpr int NORMS = 2 * E + 2 * DIM;
 // -- shared memory ----------------------------------------------------------------------------------------------------
 
 constexpr int Q_PITCH = DIM * 2 + 64, P_PITCH = SUB * 2 + 64, S_PITCH = SUB + 8;
-constexpr int PARTS = larger(HELD * 2 * WARPS * 8 * 4, 16 * (Q_PITCH + P_PITCH + S_PITCH * 4) + 192);
+constexpr int ATTENTION = 16 * (Q_PITCH + P_PITCH + S_PITCH * 4) + 192, HEAD_A = GROUP * DIM * RANK * 2;
+constexpr int PARTS = larger(HELD * 2 * WARPS * 8 * 4, ATTENTION);
+constexpr bool HEAD_A_FITS = ATTENTION + HEAD_A <= PARTS;  // what a head gives to z of attention's outputs
 constexpr int A_BYTES = larger(OWN_E * larger(low(0), low(2)), OWN * low(3)) * 2;  // what the block's values give to z
 constexpr int X_BYTES = RANK ? (MB * OWN * 2 + 15) / 16 * 16 : 0;                    // those values
 constexpr int AT_PARTS = SLOTS * WARPS * SLOT, AT_A = AT_PARTS + PARTS, AT_X = AT_A + A_BYTES, AT_ZS = AT_X + X_BYTES,

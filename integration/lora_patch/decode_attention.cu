@@ -67,6 +67,11 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
           vr[i][c] = *reinterpret_cast<const uint4*>(values + (long)((k.warp + i * WARPS) * 8 + k.g) * columns + base + c * 32 + k.t * 8);
   };
   const int items = S * splits;
+  const bf* head_a = RANK ? k.matrix_a(layer, 1) + (long)kvh * GROUP * DIM * RANK : nullptr;
+  if (RANK && HEAD_A_FITS && index < per) {
+    for (int i = k.tid; i < HEAD_A / 16; i += THREADS) copy_async(shared_at(qs + ATTENTION + i * 16), head_a + i * 8);
+    head_a = reinterpret_cast<const bf*>(qs + ATTENTION);
+  }
   if (index < items && index < per) {  // the cache does not depend on this layer's queries: fetch it while others finish
     place(index);
     if (c0 < n) {
@@ -182,15 +187,7 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
         __syncthreads();
       }
     }
-    // the last block of a head and sequence puts the parts together, and adds what they give to z; A is fetched by all,
-    // so that it is there when it turns out who is the last
-    constexpr int PAIRS = RANK ? RANK / 2 : 32, APART = WARPS * 32 / PAIRS, MINE = RANK ? GROUP * DIM / APART : 1;
-    const int pair = k.lane % PAIRS, part = k.warp * (32 / PAIRS) + k.lane / PAIRS;
-    u32 a[MINE];
-    if (RANK)
-#pragma unroll
-      for (int i = 0; i < MINE; i++)
-        a[i] = reinterpret_cast<const u32*>(k.matrix_a(layer, 1) + ((long)kvh * GROUP * DIM + part + i * APART) * RANK)[pair];
+    // the last block of a head and sequence puts the parts together, and adds what they give to z
     __syncthreads();
     int* flag = reinterpret_cast<int*>(k.sm + AT_MISC);
     u32* count = reinterpret_cast<u32*>(k.at(S_BAR)) + 128 + kvh * 16 + s;
@@ -236,13 +233,17 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
       if (RANK) *reinterpret_cast<uint2*>(qs + (r * DIM + d) * 2) = found;
     }
     if (RANK) {
+      constexpr int PAIRS = RANK ? RANK / 2 : 32, APART = WARPS * 32 / PAIRS;
+      const int pair = k.lane % PAIRS, part = k.warp * (32 / PAIRS) + k.lane / PAIRS;
+      wait_copies();
       __syncthreads();
       for (int t = 0; t < T; t++) {
         float u = 0, v = 0;
-#pragma unroll
-        for (int i = 0; i < MINE; i++) {
-          const float x = __bfloat162float(reinterpret_cast<const bf*>(qs)[t * GROUP * DIM + part + i * APART]);
-          u += x * two(a[i]).x, v += x * two(a[i]).y;
+#pragma unroll 8
+        for (int i = part; i < GROUP * DIM; i += APART) {
+          const float x = __bfloat162float(reinterpret_cast<const bf*>(qs)[t * GROUP * DIM + i]);
+          const float2 a = two(reinterpret_cast<const u32*>(head_a + i * RANK)[pair]);
+          u += x * a.x, v += x * a.y;
         }
         for (int o = PAIRS; o < 32; o *= 2) u += __shfl_xor_sync(~0u, u, o), v += __shfl_xor_sync(~0u, v, o);
         if (k.lane < PAIRS) {
@@ -253,6 +254,7 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
       __syncthreads();
     }
   }
+  if (RANK) wait_copies();  // the memory is the next product's
   k.arrive();
 }
 
