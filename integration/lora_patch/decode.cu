@@ -240,10 +240,7 @@ struct Block {
   __device__ __forceinline__ u32& ticket() const { return reinterpret_cast<u32*>(sm + AT_MISC)[16]; }
   __device__ __forceinline__ void arrive() {
     __syncthreads();
-    if (tid == 0) {
-      __threadfence();
-      add_relaxed(at(S_BAR), b == 0 ? 0x80000000u - (n - 1) : 1u);
-    }
+    if (tid == 0) add_release(at(S_BAR), b == 0 ? 0x80000000u - (n - 1) : 1u);
   }
   __device__ __forceinline__ void wait() {
     if (tid == 0) {

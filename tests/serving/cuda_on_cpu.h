@@ -371,7 +371,7 @@ inline u32 load_volatile(const u32* p) {
 }
 inline u32 load_acquire(const u32* p) { return load_volatile(p); }
 inline uint4 load_l2(const void* p) { return *(const uint4*)p; }
-inline void add_relaxed(void* p, u32 v) { *(u32*)p += v, cpu::m.idle = 0; }
+inline void add_release(void* p, u32 v) { *(u32*)p += v, cpu::m.idle = 0; }
 inline void add_relaxed(long long* p, long long v) { *p += v, cpu::m.idle = 0; }
 inline void prefetch_l2(const void*) {}
 
