@@ -251,6 +251,17 @@ struct Block {
     }
     __syncthreads();
   }
+  // Count this block in, once it has written its part; return whether it is the last of ``blocks``: it then sees all parts.
+  __device__ __forceinline__ bool comes_last(u32* count, u32 blocks) {
+    int* found = reinterpret_cast<int*>(sm + AT_MISC);
+    __syncthreads();
+    if (tid == 0) {
+      *found = add_acq_rel(count, 1) == blocks - 1;
+      if (*found) *count = 0;
+    }
+    __syncthreads();
+    return *found;
+  }
 };
 
 }  // namespace decode

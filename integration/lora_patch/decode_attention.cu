@@ -188,17 +188,7 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
       }
     }
     // the last block of a head and sequence puts the parts together, and adds what they give to z
-    __syncthreads();
-    int* flag = reinterpret_cast<int*>(k.sm + AT_MISC);
-    u32* count = reinterpret_cast<u32*>(k.at(S_BAR)) + 128 + kvh * 16 + s;
-    if (k.tid == 0) {
-      __threadfence();
-      *flag = atomicAdd(count, 1u) == splits - 1;
-    }
-    __syncthreads();
-    if (!*flag) continue;
-    __threadfence();
-    if (k.tid == 0) *count = 0;
+    if (!k.comes_last(reinterpret_cast<u32*>(k.at(S_BAR)) + 128 + kvh * 16 + s, splits)) continue;
     const int used = (n + chunk - 1) / chunk;
     for (int i = k.tid; i < T * GROUP * DIM / 4; i += THREADS) {
       const int r = i / (DIM / 4), d = i % (DIM / 4) * 4;

@@ -222,19 +222,8 @@ __device__ __forceinline__ void product(Block& k, int layer) {
       if (o.x > v.x || (o.x == v.x && __float_as_int(o.y) < __float_as_int(v.y))) v = o;
     }
     __stcg(all + k.b * 16 + k.tid, v);
-    __threadfence();
   }
-  __syncthreads();
-  int* flag = reinterpret_cast<int*>(k.sm + AT_MISC);
-  u32* count = reinterpret_cast<u32*>(k.at(S_BAR)) + 64;
-  if (k.tid == 0) {
-    __threadfence();
-    *flag = atomicAdd(count, 1u) == k.n - 1;
-  }
-  __syncthreads();
-  if (!*flag) return;
-  __threadfence();
-  if (k.tid == 0) *count = 0;
+  if (!k.comes_last(reinterpret_cast<u32*>(k.at(S_BAR)) + 64, k.n)) return;
   for (int m = k.warp; m < M; m += WARPS) {
     float v = NONE;
     int i = 0;

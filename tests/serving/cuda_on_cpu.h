@@ -332,11 +332,6 @@ template <class T>
 inline T __ldcg(const T* p) { return *p; }
 template <class T>
 inline void __stcg(T* p, T v) { *p = v; }
-inline void __threadfence() {}
-inline unsigned atomicAdd(unsigned* p, unsigned v) {
-  cpu::m.idle = 0;
-  return (*p += v) - v;
-}
 [[noreturn]] inline void __trap() { cpu::fail("trap"); }
 
 // -- what decode_ptx.cu defines ---------------------------------------------------------------------------------------
@@ -365,13 +360,13 @@ inline void wait_copies() {
   cpu::m.now->copies.clear();
 }
 
-inline u32 load_volatile(const u32* p) {
+inline u32 load_acquire(const u32* p) {
   cpu::poll();
   return *(const volatile u32*)p;
 }
-inline u32 load_acquire(const u32* p) { return load_volatile(p); }
 inline uint4 load_l2(const void* p) { return *(const uint4*)p; }
 inline void add_release(void* p, u32 v) { *(u32*)p += v, cpu::m.idle = 0; }
+inline u32 add_acq_rel(u32* p, u32 v) { return add_release(p, v), *p - v; }
 inline void add_relaxed(long long* p, long long v) { *p += v, cpu::m.idle = 0; }
 inline void prefetch_l2(const void*) {}
 
