@@ -18,6 +18,7 @@ typedef __nv_bfloat16 bf;
 constexpr int WARPS = 8, THREADS = 256, SLOTS = BITS == 4 ? 6 : 2, HALVES = MB / 8;
 constexpr int QW = HEADS * DIM, KW = KV * DIM, QKV = QW + 2 * KW, GROUP = HEADS / KV;
 constexpr int SUB = 128;  // columns of the cache that a block attends to at a time
+constexpr int EARLY = 384;  // columns of the cache that the L2 cache is asked for a phase earlier: 8 MB in all a row of heads
 constexpr float NONE = -3.0e38f;
 constexpr float Z_ONE = 4294967296.0f;  // z is held in units of one part of this
 
@@ -53,7 +54,8 @@ constexpr int NORMS = 2 * E + 2 * DIM;
 // -- shared memory ----------------------------------------------------------------------------------------------------
 
 constexpr int Q_PITCH = DIM * 2 + 64, P_PITCH = SUB * 2 + 64, S_PITCH = SUB + 8;
-constexpr int ATTENTION = 16 * (Q_PITCH + P_PITCH + S_PITCH * 4) + 192, HEAD_A = GROUP * DIM * RANK * 2;
+constexpr int ATTENTION = 16 * (Q_PITCH + P_PITCH + S_PITCH * 4) + 192, HEAD_A_PITCH = GROUP * DIM + 8,
+              HEAD_A = HEAD_A_PITCH * RANK * 2;
 constexpr int PARTS = larger(HELD * 2 * WARPS * 8 * 4, ATTENTION);
 constexpr bool HEAD_A_FITS = ATTENTION + HEAD_A <= PARTS;  // what a head gives to z of attention's outputs
 constexpr int A_BYTES = larger(OWN_E * larger(low(0), low(2)), OWN * low(3)) * 2;  // what the block's values give to z
@@ -231,6 +233,15 @@ struct Block {
     __syncwarp();
     issue(taken % SLOTS);
     taken++;
+  }
+
+  // Ask the L2 cache for what a layer reads besides its matrices and the key-value cache. Copies of several microseconds
+  // wait in front of device memory at any time: what is not asked for long before it is needed comes late.
+  __device__ __forceinline__ void prefetch_layer(int layer) const {
+    const int norm = (layer < LAYERS ? NORMS : E) * 2, size = norm + (RANK && layer < LAYERS ? lora_at(4) * 2 : 0);
+    for (int i = (b * THREADS + tid) * 128; i < size; i += n * THREADS * 128)
+      prefetch_l2(i < norm ? reinterpret_cast<const char*>(a.norms + (long)layer * NORMS) + i
+                           : reinterpret_cast<const char*>(matrix_a(layer, 0)) + (i - norm));
   }
 
   // Keep the compiler from working out one phase's indices in another, where they would only take registers.

@@ -26,12 +26,46 @@ __device__ __forceinline__ void turned(const Block& k, const float* from, const 
   }
 }
 
+// The part of the cache that a block attends to at a time: one head's keys and values of some columns of a sequence.
+struct Part {
+  int sequence, split, splits;  // of so many parts
+  int first, n, chunk, c0, c1;  // the new columns begin; columns in all, of a part, of this part
+  const int* row;               // (sequence, column, position) of the sequence's first new token
+  bf *keys, *values;
+};
+
+__device__ __forceinline__ int parts_at_once(const Block& k) { return min(k.n / KV, 32); }  // blocks of a head
+
+__device__ __forceinline__ Part part_of(const Block& k, int layer, int item) {
+  const int* meta = k.a.meta;
+  const int columns = meta[0], T = meta[3], S = k.M / T;
+  Part p;
+  p.sequence = item % S, p.split = item / S, p.splits = max(parts_at_once(k) / S, 1);
+  p.row = meta + 4 + 3 * p.sequence * T;
+  p.first = p.row[1], p.n = p.first + T, p.chunk = ((p.n + p.splits - 1) / p.splits + 31) / 32 * 32;
+  p.c0 = p.split * p.chunk, p.c1 = min(p.n, p.c0 + p.chunk);
+  const long head = ((long)layer * meta[1] + p.row[0]) * KV + k.b % KV;
+  p.keys = k.a.keys + head * columns * DIM, p.values = k.a.values + head * DIM * columns;
+  return p;
+}
+
+// Ask the L2 cache for a block's first part, columns ``from`` to ``to`` of it.
+__device__ __forceinline__ void prefetch_cache(const Block& k, int layer, int from, int to) {
+  const int index = k.b / KV, columns = k.a.meta[0], S = k.M / k.a.meta[3];
+  if (index >= parts_at_once(k) || index >= S * max(parts_at_once(k) / S, 1)) return;
+  const Part p = part_of(k, layer, index);
+  const int c0 = p.c0 + from, c1 = min(p.c1, p.c0 + to), lines = (c1 - c0 + 63) / 64 + 1;
+  if (c0 >= c1) return;
+  for (int i = k.tid; i < (c1 - c0) * DIM / 64; i += THREADS) prefetch_l2(p.keys + (long)c0 * DIM + i * 64);
+  for (int i = k.tid; i < DIM * lines; i += THREADS)
+    prefetch_l2(p.values + (long)(i / lines) * columns + min(c0 + i % lines * 64, c1 - 1));
+}
+
 __device__ __forceinline__ void attention(Block& k, int layer) {
   k.forget();
 
-  const int kvh = k.b % KV, per = min(k.n / KV, 32), index = k.b / KV;
-  const int* meta = k.a.meta;
-  const int columns = meta[0], T = meta[3], S = k.M / T, splits = max(per / S, 1);
+  const int kvh = k.b % KV, per = parts_at_once(k), index = k.b / KV;
+  const int columns = k.a.meta[0], T = k.a.meta[3], S = k.M / T, items = S * max(per / S, 1);
   char* qs = k.sm + AT_PARTS;
   char* ps = qs + 16 * Q_PITCH;
   float* sc = reinterpret_cast<float*>(ps + 16 * P_PITCH);
@@ -41,64 +75,51 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
   float* out = reinterpret_cast<float*>(k.at(S_PO));
   float2* ml = reinterpret_cast<float2*>(k.at(S_ML));
   uint4 kr[SUB / 64][DIM / 32], vr[DIM / 64][SUB / 32];
-  bf *keys, *values;
-  int first, n, chunk, c0, c1;
-  const int* row;
-  auto place = [&](int item) {
-    const int s = item % S, split = item / S;
-    row = meta + 4 + 3 * s * T;
-    first = row[1], n = first + T, chunk = ((n + splits - 1) / splits + 31) / 32 * 32, c0 = split * chunk, c1 = min(n, c0 + chunk);
-    const long head = ((long)layer * meta[1] + row[0]) * KV + kvh;
-    keys = k.a.keys + head * columns * DIM, values = k.a.values + head * DIM * columns;
-  };
+  Part part;
   auto load = [&](int base, int from) {  // columns base .. base + SUB that are ``from`` or later
 #pragma unroll
     for (int i = 0; i < SUB / 64; i++) {
       const int col = base + (k.warp + i * WARPS) * 8 + k.g;
-      if (col - k.g < c1 && col >= from)
+      if (col - k.g < part.c1 && col >= from)
 #pragma unroll
-        for (int c = 0; c < DIM / 32; c++) kr[i][c] = *reinterpret_cast<const uint4*>(keys + (long)col * DIM + c * 32 + k.t * 8);
+        for (int c = 0; c < DIM / 32; c++) kr[i][c] = *reinterpret_cast<const uint4*>(part.keys + (long)col * DIM + c * 32 + k.t * 8);
     }
 #pragma unroll
     for (int i = 0; i < DIM / 64; i++)
 #pragma unroll
       for (int c = 0; c < SUB / 32; c++)
-        if (base + c * 32 < c1 && base + c * 32 + k.t * 8 + 7 >= from)
-          vr[i][c] = *reinterpret_cast<const uint4*>(values + (long)((k.warp + i * WARPS) * 8 + k.g) * columns + base + c * 32 + k.t * 8);
+        if (base + c * 32 < part.c1 && base + c * 32 + k.t * 8 + 7 >= from)
+          vr[i][c] = *reinterpret_cast<const uint4*>(part.values + (long)((k.warp + i * WARPS) * 8 + k.g) * columns + base + c * 32 + k.t * 8);
   };
-  const int items = S * splits;
-  const bf* head_a = RANK ? k.matrix_a(layer, 1) + (long)kvh * GROUP * DIM * RANK : nullptr;
+  const bf* head_a = RANK ? k.matrix_a(layer, 1) + kvh * GROUP * DIM : nullptr;  // of each rank; QW values apart
+  int a_pitch = QW;
   if (RANK && HEAD_A_FITS && index < per) {
-    for (int i = k.tid; i < HEAD_A / 16; i += THREADS) copy_async(shared_at(qs + ATTENTION + i * 16), head_a + i * 8);
-    head_a = reinterpret_cast<const bf*>(qs + ATTENTION);
+    for (int i = k.tid; i < RANK * GROUP * DIM / 8; i += THREADS)
+      copy_async(shared_at(qs + ATTENTION + i / (GROUP * DIM / 8) * HEAD_A_PITCH * 2 + i % (GROUP * DIM / 8) * 16),
+                 head_a + (long)(i / (GROUP * DIM / 8)) * QW + i % (GROUP * DIM / 8) * 8);
+    head_a = reinterpret_cast<const bf*>(qs + ATTENTION), a_pitch = HEAD_A_PITCH;
   }
   if (index < items && index < per) {  // the cache does not depend on this layer's queries: fetch it while others finish
-    place(index);
-    if (c0 < n) {
-      load(c0, 0);
-      for (int i = k.tid + SUB * DIM / 64; i < (c1 - c0) * DIM / 64; i += THREADS)
-        prefetch_l2(keys + (long)c0 * DIM + i * 64);
-      const int lines = (c1 - c0 - SUB + 63) / 64;
-      for (int i = k.tid; i < DIM * lines; i += THREADS)
-        prefetch_l2(values + (long)(i / lines) * columns + c0 + SUB + i % lines * 64);
-    }
+    part = part_of(k, layer, index);
+    if (part.c0 < part.n) load(part.c0, 0);
+    prefetch_cache(k, layer, EARLY, 1 << 30);
   }
   k.wait();
   for (int item = index; index < per && item < items; item += per) {
-    place(item);
-    const int s = item % S, split = item / S;
-    if (c0 < n) {
+    part = part_of(k, layer, item);
+    const int s = part.sequence, first = part.first, c0 = part.c0, c1 = part.c1;
+    if (c0 < part.n) {
       for (int j = k.warp; j < 8 * ((2 * T + 7) / 8); j += WARPS) {  // the new columns that are this block's
         const int which = j / 8 * 8 + 7 - j % 8, t = which / 2, col = first + t;
         if (t >= T || col < c0 || col >= c1) continue;
         const float* from = qkv + (long)(s * T + t) * QKV + QW + kvh * DIM;
         if (which % 2) {
-          for (int i = k.lane; i < DIM; i += 32) values[(long)i * columns + col] = __float2bfloat16(__ldcg(from + KW + i));
+          for (int i = k.lane; i < DIM; i += 32) part.values[(long)i * columns + col] = __float2bfloat16(__ldcg(from + KW + i));
         } else {
           float v[DIM / 32];
-          turned(k, from, norms + DIM, row[3 * t + 2], v);
+          turned(k, from, norms + DIM, part.row[3 * t + 2], v);
 #pragma unroll
-          for (int i = 0; i < DIM / 32; i++) keys[(long)col * DIM + k.lane + 32 * i] = __float2bfloat16(v[i]);
+          for (int i = 0; i < DIM / 32; i++) part.keys[(long)col * DIM + k.lane + 32 * i] = __float2bfloat16(v[i]);
         }
       }
       for (int r0 = 0; r0 < GROUP * T; r0 += 16) {
@@ -107,7 +128,7 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
         for (int r = k.warp; r < real; r += WARPS) {
           const int t = (r0 + r) / GROUP, h = (r0 + r) % GROUP;
           float v[DIM / 32];
-          turned(k, qkv + (long)(s * T + t) * QKV + (kvh * GROUP + h) * DIM, norms, row[3 * t + 2], v);
+          turned(k, qkv + (long)(s * T + t) * QKV + (kvh * GROUP + h) * DIM, norms, part.row[3 * t + 2], v);
 #pragma unroll
           for (int i = 0; i < DIM / 32; i++) reinterpret_cast<bf*>(qs + r * Q_PITCH)[k.lane + 32 * i] = __float2bfloat16(v[i]);
         }
@@ -176,7 +197,7 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
             }
           }
         }
-        const long at = (long)(kvh * 32 + split) * 16 * GROUP + s * T * GROUP + r0;
+        const long at = (long)(kvh * 32 + part.split) * 16 * GROUP + s * T * GROUP + r0;
 #pragma unroll
         for (int i = 0; i < DIM / 64; i++)
 #pragma unroll
@@ -188,57 +209,63 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
       }
     }
     // the last block of a head and sequence puts the parts together, and adds what they give to z
-    if (!k.comes_last(reinterpret_cast<u32*>(k.at(S_BAR)) + 128 + kvh * 16 + s, splits)) continue;
-    const int used = (n + chunk - 1) / chunk;
+    if (!k.comes_last(reinterpret_cast<u32*>(k.at(S_BAR)) + 128 + kvh * 16 + s, part.splits)) continue;
+    const int used = (part.n + part.chunk - 1) / part.chunk;
+    auto found_at = [&](int split, int r) { return (long)(kvh * 32 + split) * 16 * GROUP + s * T * GROUP + r; };
+    float4 v[16];
+    auto fetch = [&](int i, int from) {
+#pragma unroll
+      for (int j = 0; j < 16; j++)
+        v[j] = __ldcg(reinterpret_cast<const float4*>(out + found_at(min(from + j, used - 1), i / (DIM / 4)) * DIM + i % (DIM / 4) * 4));
+    };
+    if (k.tid < T * GROUP * DIM / 4) fetch(k.tid, 0);
+    for (int r = k.warp; r < T * GROUP; r += WARPS) {  // the weight of each part: a lane a part
+      const float2 e = k.lane < used ? __ldcg(ml + found_at(k.lane, r)) : make_float2(NONE, 0);
+      float top = e.x;
+      for (int o = 16; o; o >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
+      const float f = e.x == NONE ? 0.0f : __expf(e.x - top);
+      float sum = f * e.y;
+      for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+      sc[r * 32 + k.lane] = f / sum;
+    }
+    __syncthreads();
     for (int i = k.tid; i < T * GROUP * DIM / 4; i += THREADS) {
       const int r = i / (DIM / 4), d = i % (DIM / 4) * 4;
-      float top = NONE, sum = 0;
+      if (i != k.tid) fetch(i, 0);
       float4 o = make_float4(0, 0, 0, 0);
 #pragma unroll 1
-      for (int from = 0; from < used; from += 16) {
-        float2 e[16];
-        float4 v[16];
-        float higher = top;
+      for (int from = 0;;) {
 #pragma unroll
         for (int j = 0; j < 16; j++) {
-          const long at = (long)(kvh * 32 + min(from + j, used - 1)) * 16 * GROUP + s * T * GROUP + r;
-          e[j] = __ldcg(ml + at);
-          v[j] = __ldcg(reinterpret_cast<const float4*>(out + at * DIM + d));
-        }
-#pragma unroll
-        for (int j = 0; j < 16; j++) higher = fmaxf(higher, e[j].x);
-        const float old = top == NONE ? 0.0f : __expf(top - higher);
-        top = higher;
-        sum *= old, o.x *= old, o.y *= old, o.z *= old, o.w *= old;
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
-          const float f = from + j >= used || e[j].x == NONE ? 0.0f : __expf(e[j].x - top);
-          sum += f * e[j].y;
+          const float f = sc[r * 32 + from + j];
           o.x += f * v[j].x, o.y += f * v[j].y, o.z += f * v[j].z, o.w += f * v[j].w;
         }
+        if ((from += 16) >= used) break;
+        fetch(i, from);
       }
       bf* to = reinterpret_cast<bf*>(k.at(S_ATT)) + (long)(s * T + r / GROUP) * QW + (kvh * GROUP + r % GROUP) * DIM + d;
-      const uint2 found = make_uint2(pack(o.x / sum, o.y / sum), pack(o.z / sum, o.w / sum));
+      const uint2 found = make_uint2(pack(o.x, o.y), pack(o.z, o.w));
       __stcg(reinterpret_cast<uint2*>(to), found);
       if (RANK) *reinterpret_cast<uint2*>(qs + (r * DIM + d) * 2) = found;
     }
-    if (RANK) {
-      constexpr int PAIRS = RANK ? RANK / 2 : 32, APART = WARPS * 32 / PAIRS;
-      const int pair = k.lane % PAIRS, part = k.warp * (32 / PAIRS) + k.lane / PAIRS;
+    if (RANK) {  // each warp takes a part of the head's values
+      constexpr int WIDTH = GROUP * DIM, OWN_K = WIDTH / WARPS;
+      static_assert(OWN_K % 16 == 0, "");
       wait_copies();
       __syncthreads();
-      for (int t = 0; t < T; t++) {
-        float u = 0, v = 0;
-#pragma unroll 8
-        for (int i = part; i < GROUP * DIM; i += APART) {
-          const float x = __bfloat162float(reinterpret_cast<const bf*>(qs)[t * GROUP * DIM + i]);
-          const float2 a = two(reinterpret_cast<const u32*>(head_a + i * RANK)[pair]);
-          u += x * a.x, v += x * a.y;
+#pragma unroll 1
+      for (int n = 0; n < RANK; n += 8) {
+        float acc[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < OWN_K; i += 16) {
+          const int at = k.warp * OWN_K + i + 2 * k.t;
+          const u32* x = reinterpret_cast<const u32*>(qs + (min(k.g, T - 1) * WIDTH + at) * 2);
+          const u32* a = reinterpret_cast<const u32*>(head_a + (long)(n + k.g) * a_pitch + at);
+          mma(acc, x[0], 0, x[4], 0, a[0], a[4]);
         }
-        for (int o = PAIRS; o < 32; o *= 2) u += __shfl_xor_sync(~0u, u, o), v += __shfl_xor_sync(~0u, v, o);
-        if (k.lane < PAIRS) {
-          add_relaxed(k.z_at(1) + (s * T + t) * RANK + 2 * pair, __float2ll_rn(u * Z_ONE));
-          add_relaxed(k.z_at(1) + (s * T + t) * RANK + 2 * pair + 1, __float2ll_rn(v * Z_ONE));
+        if (k.g < T) {
+          add_relaxed(k.z_at(1) + (s * T + k.g) * RANK + n + 2 * k.t, __float2ll_rn(acc[0] * Z_ONE));
+          add_relaxed(k.z_at(1) + (s * T + k.g) * RANK + n + 2 * k.t + 1, __float2ll_rn(acc[1] * Z_ONE));
         }
       }
       __syncthreads();

@@ -19,7 +19,7 @@ from .language_model import LanguageModel, Update, group_updates
 from .memory import room
 from .vlm import GROUPS, Packing, Row, stored_matrix
 
-SOURCES = ("decode.cu", "decode_product.cu", "decode_attention.cu", "decode_step.cu")  # after decode_ptx.cu
+SOURCES = ("decode.cu", "decode_attention.cu", "decode_product.cu", "decode_step.cu")  # after decode_ptx.cu
 ROWS = 16  # tokens a step at most
 THREADS, WARPS = 256, 8
 CHUNKS = 20  # of 32 inputs, that a warp holds at a time; more of them take several passes
@@ -272,15 +272,16 @@ class DecodeKernel:
         return found if fits else None
 
     def packed(self, update: Update, rank: int) -> mx.array:
-        """Lay an adapter out for the kernel: by layer and group A [inputs, members * rank], where a norm comes first
-        with its weights in it, then B [outputs, rank]."""
+        """Lay an adapter out for the kernel: by layer and group A [inputs, members * rank] ([rank, inputs] for o), where
+        a norm comes first with its weights in it, then B [outputs, rank]."""
         found, norms = [], {"qkv": "input_norm", "gate_up": "post_norm"}
         for i in range(self.dims.layers):
             for group, own, widths in group_updates(self.model, update, i):
                 norm = self.model.plain[i][norms[group]].astype(mx.float32) if group in norms else mx.ones(1)
                 a = [_padded(pair, widths[at], rank)[0] * norm[:, None] for at, pair in enumerate(own)]
                 b = [_padded(pair, widths[at], rank)[1].T for at, pair in enumerate(own)]
-                found += [mx.concatenate(a, axis=1).reshape(-1), mx.concatenate(b).reshape(-1)]
+                a = a[0].T if group == "o" else mx.concatenate(a, axis=1)
+                found += [a.reshape(-1), mx.concatenate(b).reshape(-1)]
         packed = mx.concatenate(found).astype(mx.bfloat16)
         mx.eval(packed)
         return packed

@@ -55,6 +55,10 @@ __device__ __forceinline__ void product(Block& k, int layer) {
   constexpr int NEXT = P == 1 ? 2 : P == 2 ? 3 : 0;  // the product whose inputs are finished here
   const bool feeds = RANK && (P == 1 || P == 2 || (P == 3 && layer + 1 < LAYERS));
   if (feeds) k.fetch_a(P == 3 ? layer + 1 : layer, NEXT, lo, hi - lo);
+  if (P == 0) {  // two phases before it is read
+    k.prefetch_layer(layer + 1);
+    prefetch_cache(k, layer, 0, EARLY);
+  }
   k.wait();
   constexpr int HERE = P < 4 ? P : 0, BEFORE = (P + 3) % 4, ZS = (MB * low(HERE) + THREADS - 1) / THREADS;
   long long z[RANK && P < 4 ? ZS : 1];

@@ -25,9 +25,12 @@ __device__ __forceinline__ u32 mbar_try_wait(u32 bar, u32 parity) {
                : "=r"(done) : "r"(bar), "r"(parity) : "memory");
   return done;
 }
+// What is copied is read once: the L2 cache may drop it first, and so keeps what prefetch_l2 has asked for.
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 size, u32 bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-               "r"(to), "l"(from), "r"(size), "r"(bar) : "memory");
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+               "r"(to), "l"(from), "r"(size), "r"(bar), "l"(policy) : "memory");
 }
 __device__ __forceinline__ void copy_async(u32 to, const void* from) {  // 16 bytes
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");

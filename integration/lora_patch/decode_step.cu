@@ -27,6 +27,7 @@ __device__ __forceinline__ void step(const Args& args) {
   __syncthreads();
   k.ahead = {0, 0, 0, 0};
   for (int s = 0; s < SLOTS; s++) k.issue(s);
+  k.prefetch_layer(0);
   const char* table = reinterpret_cast<const char*>(args.table[LAYERS * 4 + 1]);
   for (int m = k.b; m < k.M; m += k.n)
     for (int i = k.tid; i < E / 8; i += THREADS)
