@@ -212,13 +212,13 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
     if (!k.comes_last(reinterpret_cast<u32*>(k.at(S_BAR)) + 128 + kvh * 16 + s, part.splits)) continue;
     const int used = (part.n + part.chunk - 1) / part.chunk;
     auto found_at = [&](int split, int r) { return (long)(kvh * 32 + split) * 16 * GROUP + s * T * GROUP + r; };
-    float4 v[16];
+    float2 v[16];
     auto fetch = [&](int i, int from) {
 #pragma unroll
       for (int j = 0; j < 16; j++)
-        v[j] = __ldcg(reinterpret_cast<const float4*>(out + found_at(min(from + j, used - 1), i / (DIM / 4)) * DIM + i % (DIM / 4) * 4));
+        v[j] = __ldcg(reinterpret_cast<const float2*>(out + found_at(min(from + j, used - 1), i / (DIM / 2)) * DIM + i % (DIM / 2) * 2));
     };
-    if (k.tid < T * GROUP * DIM / 4) fetch(k.tid, 0);
+    fetch(min(k.tid, T * GROUP * DIM / 2 - 1), 0);
     for (int r = k.warp; r < T * GROUP; r += WARPS) {  // the weight of each part: a lane a part
       const float2 e = k.lane < used ? __ldcg(ml + found_at(k.lane, r)) : make_float2(NONE, 0);
       float top = e.x;
@@ -229,24 +229,23 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
       sc[r * 32 + k.lane] = f / sum;
     }
     __syncthreads();
-    for (int i = k.tid; i < T * GROUP * DIM / 4; i += THREADS) {
-      const int r = i / (DIM / 4), d = i % (DIM / 4) * 4;
+    for (int i = k.tid; i < T * GROUP * DIM / 2; i += THREADS) {
+      const int r = i / (DIM / 2), d = i % (DIM / 2) * 2;
       if (i != k.tid) fetch(i, 0);
-      float4 o = make_float4(0, 0, 0, 0);
+      float2 o = make_float2(0, 0);
 #pragma unroll 1
       for (int from = 0;;) {
 #pragma unroll
         for (int j = 0; j < 16; j++) {
           const float f = sc[r * 32 + from + j];
-          o.x += f * v[j].x, o.y += f * v[j].y, o.z += f * v[j].z, o.w += f * v[j].w;
+          o.x += f * v[j].x, o.y += f * v[j].y;
         }
         if ((from += 16) >= used) break;
         fetch(i, from);
       }
-      bf* to = reinterpret_cast<bf*>(k.at(S_ATT)) + (long)(s * T + r / GROUP) * QW + (kvh * GROUP + r % GROUP) * DIM + d;
-      const uint2 found = make_uint2(pack(o.x, o.y), pack(o.z, o.w));
-      __stcg(reinterpret_cast<uint2*>(to), found);
-      if (RANK) *reinterpret_cast<uint2*>(qs + (r * DIM + d) * 2) = found;
+      u32* to = reinterpret_cast<u32*>(reinterpret_cast<bf*>(k.at(S_ATT)) + (long)(s * T + r / GROUP) * QW + (kvh * GROUP + r % GROUP) * DIM + d);
+      __stcg(to, pack(o.x, o.y));
+      if (RANK) *reinterpret_cast<u32*>(qs + (r * DIM + d) * 2) = pack(o.x, o.y);
     }
     if (RANK) {  // each warp takes a part of the head's values
       constexpr int WIDTH = GROUP * DIM, OWN_K = WIDTH / WARPS;
