@@ -18,7 +18,8 @@ typedef __nv_bfloat16 bf;
 constexpr int WARPS = 8, THREADS = 256, SLOTS = BITS == 4 ? 6 : 2, HALVES = MB / 8;
 constexpr int QW = HEADS * DIM, KW = KV * DIM, QKV = QW + 2 * KW, GROUP = HEADS / KV;
 constexpr int SUB = 128;  // columns of the cache that a block attends to at a time
-constexpr int EARLY = 384;  // columns of the cache that the L2 cache is asked for a phase earlier: 8 MB in all a row of heads
+constexpr int EARLY = 384;    // columns of the cache that the L2 cache is asked for a phase earlier: 25 MB in all
+constexpr int PARTS_OF = 16;  // parts of the cache that a block may have
 constexpr float NONE = -3.0e38f;
 constexpr float Z_ONE = 4294967296.0f;  // z is held in units of one part of this
 
@@ -36,8 +37,9 @@ __host__ __device__ constexpr int tiles(int p) { return p == 1 || p == 3 ? 1 : 2
 // Bytes of a row in a unit. Of 4 bits: 16 bytes a chunk, then scale and bias of each chunk, padded to an odd number of 16
 // bytes, so that eight rows side by side lie in different banks.
 __host__ __device__ constexpr int bytes(int p) { return BITS == 4 ? (chunks(p) * 20 + 15) / 16 / 2 * 32 + 16 : chunks(p) * 64; }
-__host__ __device__ constexpr int pitch(int p) { return BITS == 4 || bytes(p) % 128 ? bytes(p) : bytes(p) + 64; }
+__host__ __device__ constexpr int pitch(int p) { return BITS == 4 || bytes(p) % 128 ? bytes(p) : bytes(p) + (RANK ? 32 : 64); }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int up_to(int a, int b) { return (a + b - 1) / b * b; }
 constexpr int SLOT = larger(larger(pitch(0) * 16, pitch(1) * 8), larger(pitch(2) * 16, pitch(3) * 8));
 __host__ __device__ constexpr int low(int p) { return RANK * (p == 0 ? 3 : p == 2 ? 2 : 1); }  // rows of A
 __host__ __device__ constexpr int rows(int p) { return p == 0 ? QKV : p == 2 ? 2 * F : E; }
@@ -46,9 +48,10 @@ __host__ __device__ constexpr long lora_at(int p) {
   for (int i = 0; i < p; i++) at += (long)low(i) * inputs(i) + (long)rows(i) * RANK;
   return at;
 }
-constexpr int ZW = RANK ? 3 * RANK : 1;
 constexpr int HELD = RANK > 16 && MB > 8 ? 64 : 80;  // units of 16 rows, times tokens, whose partial sums are held at once
-constexpr int OWN_E = (E + BLOCKS - 1) / BLOCKS, OWN = larger(OWN_E, (F + BLOCKS - 1) / BLOCKS);  // values that a block finishes
+constexpr int OWN_E = (E + BLOCKS - 1) / BLOCKS, OWN_F = (F + BLOCKS - 1) / BLOCKS, OWN = larger(OWN_E, OWN_F),
+              OWN_QKV = (QKV + BLOCKS - 1) / BLOCKS;  // values that a block finishes
+constexpr int OWN_PITCH = up_to(OWN, 16);
 constexpr int NORMS = 2 * E + 2 * DIM;
 
 // -- shared memory ----------------------------------------------------------------------------------------------------
@@ -58,11 +61,15 @@ constexpr int ATTENTION = 16 * (Q_PITCH + P_PITCH + S_PITCH * 4) + 192, HEAD_A_P
               HEAD_A = HEAD_A_PITCH * RANK * 2;
 constexpr int PARTS = larger(HELD * 2 * WARPS * 8 * 4, ATTENTION);
 constexpr bool HEAD_A_FITS = ATTENTION + HEAD_A <= PARTS;  // what a head gives to z of attention's outputs
-constexpr int A_BYTES = larger(OWN_E * larger(low(0), low(2)), OWN * low(3)) * 2;  // what the block's values give to z
-constexpr int X_BYTES = RANK ? (MB * OWN * 2 + 15) / 16 * 16 : 0;                    // those values
-constexpr int AT_PARTS = SLOTS * WARPS * SLOT, AT_A = AT_PARTS + PARTS, AT_X = AT_A + A_BYTES, AT_ZS = AT_X + X_BYTES,
-              AT_SS = AT_ZS + (RANK ? MB * ZW * 4 : 0), AT_BAR = AT_SS + WARPS * MB * 4,
-              AT_TABLE = AT_BAR + SLOTS * WARPS * 8, AT_MISC = AT_TABLE + (LAYERS * 4 + 1) * 8, SHARED = AT_MISC + 80;
+static_assert(8 * GROUP * DIM * 2 <= 16 * (Q_PITCH + P_PITCH) && 8 * GROUP * 32 <= 16 * S_PITCH, "");
+// of A what the block's values give to z, those values, z, and the block's rows of B
+constexpr int A_BYTES = larger(up_to(OWN_E, 16) * larger(low(0), low(2)), up_to(OWN_F, 16) * low(3)) * 2,
+              X_BYTES = RANK ? MB * OWN_PITCH * 2 : 0, Z_BYTES = MB * low(0) * 2,
+              B_BYTES = (larger(OWN_QKV, larger(OWN_E, 2 * OWN_F)) + 8) * RANK * 2;
+constexpr int AT_PARTS = SLOTS * WARPS * SLOT, AT_A = AT_PARTS + PARTS, AT_X = AT_A + A_BYTES, AT_Z = AT_X + X_BYTES,
+              AT_B = AT_Z + Z_BYTES, AT_TURNS = AT_B + B_BYTES, AT_SS = AT_TURNS + MB * DIM / 2 * 4,
+              AT_BAR = AT_SS + WARPS * MB * 4, AT_TABLE = AT_BAR + SLOTS * WARPS * 8, AT_META = AT_TABLE + (LAYERS * 4 + 1) * 8 + 8,
+              AT_PART = AT_META + 256, AT_MISC = AT_PART + PARTS_OF * 32, SHARED = AT_MISC + 80;
 
 // -- scratch in device memory, in bytes -------------------------------------------------------------------------------
 
@@ -119,16 +126,17 @@ __device__ __forceinline__ uint4 unpacked(u32 q, u32 scale_bias) {
   return make_uint4(found[0], found[1], found[2], found[3]);
 }
 __device__ __forceinline__ float round_bf(float v) { return __bfloat162float(__float2bfloat16(v)); }
-__device__ __forceinline__ float dot8(uint4 b, const float* z) {
-  float2 u = two(b.x), v = two(b.y), x = two(b.z), y = two(b.w);
-  return u.x * z[0] + u.y * z[1] + v.x * z[2] + v.y * z[3] + x.x * z[4] + x.y * z[5] + y.x * z[6] + y.y * z[7];
-}
-
 // -- a block's view of the step ---------------------------------------------------------------------------------------
 
 struct Unit {  // what a warp's stream brings next
   int layer, p, pass, u;
 };
+
+struct Part {  // a part of the key-value cache that a block attends to for one of the heads
+  int sequence, stored, split, splits;  // of the step, of the cache; which part of how many
+  int first, chunk, c0, c1;             // column of the first new token, columns of a part, columns of this one
+};
+static_assert(sizeof(Part) == 32, "");
 
 struct Block {
   Args a;
@@ -141,6 +149,14 @@ struct Block {
   __device__ __forceinline__ int lo(int p) const { return reinterpret_cast<const int*>(sm + AT_MISC)[1 + 3 * p]; }
   __device__ __forceinline__ int hi(int p) const { return reinterpret_cast<const int*>(sm + AT_MISC)[2 + 3 * p]; }
   __device__ __forceinline__ int units(int p) const { return reinterpret_cast<const int*>(sm + AT_MISC)[3 + 3 * p]; }
+  __device__ __forceinline__ const int* meta() const { return reinterpret_cast<const int*>(sm + AT_META); }
+  __device__ __forceinline__ Part part(int i) const { return reinterpret_cast<const Part*>(sm + AT_PART)[i]; }
+  __device__ __forceinline__ u32* turns() const { return reinterpret_cast<u32*>(sm + AT_TURNS); }  // cosine and sine, [M, DIM / 2]
+  __device__ __forceinline__ long head_at(int layer, const Part& part) const {
+    return (((long)layer * meta()[1] + part.stored) * KV + b % KV) * meta()[0] * DIM;
+  }
+  __device__ __forceinline__ bf* keys(int layer, const Part& part) const { return a.keys + head_at(layer, part); }
+  __device__ __forceinline__ bf* values(int layer, const Part& part) const { return a.values + head_at(layer, part); }
   __device__ __forceinline__ char* at(long offset) const { return a.scratch + offset; }
   __device__ __forceinline__ const bf* matrix_a(int layer, int p) const {
     return a.lora + layer * lora_at(4) + lora_at(p);
@@ -151,30 +167,45 @@ struct Block {
   // z of the next product of this kind, [M, low(p)]: zero but between the phase that makes its inputs and its own
   __device__ __forceinline__ long long* z_at(int p) const { return reinterpret_cast<long long*>(at(S_Z)) + p * 16 * 96; }
   __device__ __forceinline__ bf* own_a() const { return reinterpret_cast<bf*>(sm + AT_A); }
-  __device__ __forceinline__ bf* own_x(int m) const { return reinterpret_cast<bf*>(sm + AT_X) + m * OWN; }
-  // Fetch what this block's inputs of a product give to z: rows of A transposed.
+  __device__ __forceinline__ bf* own_x(int m) const { return reinterpret_cast<bf*>(sm + AT_X) + m * OWN_PITCH; }
+  __device__ __forceinline__ bf* own_b() const { return reinterpret_cast<bf*>(sm + AT_B); }
+  __device__ __forceinline__ bf* z_here() const { return reinterpret_cast<bf*>(sm + AT_Z); }
+  __device__ __forceinline__ void fetch(bf* to, const bf* from, int count) const {  // a multiple of 8 values
+    for (int i = tid * 8; i < count; i += THREADS * 8) copy_async(shared_at(to + i), from + i);
+  }
+  // Fetch what this block's inputs of a product give to z, [count, low(p)].
   __device__ __forceinline__ void fetch_a(int layer, int p, int first, int count) const {
-    const bf* from = matrix_a(layer, p) + (long)first * low(p);
-    for (int i = tid; i < count * low(p) / 8; i += THREADS) copy_async(shared_at(own_a() + i * 8), from + i * 8);
+    fetch(own_a(), matrix_a(layer, p) + (long)first * low(p), count * low(p));
+  }
+  // Fetch this block's rows of B; those of up after those of gate.
+  template <int P>
+  __device__ __forceinline__ void fetch_b(int layer) const {
+    const int count = (hi(P) - lo(P)) * RANK;
+    const bf* from = matrix_b(layer, P) + (long)lo(P) * RANK;
+    fetch(own_b(), from, count);
+    if (P == 2) fetch(own_b() + count, from + (long)F * RANK, count);
   }
   // Add to z what this block's ``count`` inputs in own_x give; all that was fetched and written is there.
   template <int P>
   __device__ __forceinline__ void add_z(int count) const {
-    constexpr int PAIRS = low(P) / 2, PARTED = 4;
-    if (!RANK) return;
-    for (int i = tid; i < (M * PAIRS * PARTED + 31) / 32 * 32; i += THREADS) {
-      const int pair = i / PARTED, m = min(pair / larger(PAIRS, 1), M - 1), j = pair % larger(PAIRS, 1) * 2;
-      float u = 0, v = 0;
-      for (int r = i % PARTED; r < count; r += PARTED) {
-        const float x = __bfloat162float(own_x(m)[r]);
-        const float2 a = two(*reinterpret_cast<const u32*>(own_a() + r * low(P) + j));
-        u += x * a.x, v += x * a.y;
+#pragma unroll 1
+    for (int n = warp * 8; n < low(P); n += WARPS * 8) {
+      float acc[4] = {0, 0, 0, 0};
+#pragma unroll 1
+      for (int i = 0; i < count; i += 16) {
+        u32 x[4], b0, b1;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int at = i + j / 2 * 8 + 2 * t;
+          x[j] = j % 2 < HALVES ? *reinterpret_cast<const u32*>(own_x(g + j % 2 * 8) + at) : 0;
+          x[j] &= (at < count ? 0xffffu : 0) | (at + 1 < count ? 0xffff0000u : 0);
+        }
+        load_transposed(b0, b1, shared_at(own_a() + (i + lane % 16) * low(P) + n));
+        mma(acc, x[0], x[1], x[2], x[3], b0, b1);
       }
-      for (int o = 1; o < PARTED; o *= 2) u += __shfl_xor_sync(~0u, u, o), v += __shfl_xor_sync(~0u, v, o);
-      if (i % PARTED == 0 && pair < M * PAIRS) {
-        add_relaxed(z_at(P) + m * low(P) + j, __float2ll_rn(u * Z_ONE));
-        add_relaxed(z_at(P) + m * low(P) + j + 1, __float2ll_rn(v * Z_ONE));
-      }
+#pragma unroll
+      for (int j = 0; j < 2 * HALVES; j++)
+        if (g + j / 2 * 8 < M) add_relaxed(z_at(P) + (g + j / 2 * 8) * low(P) + n + 2 * t + j % 2, __float2ll_rn(acc[j] * Z_ONE));
     }
   }
   __device__ __forceinline__ u32 bar(u32 slot) const { return shared_at(sm + AT_BAR) + (warp * SLOTS + slot) * 8; }
@@ -239,6 +270,7 @@ struct Block {
   // wait in front of device memory at any time: what is not asked for long before it is needed comes late.
   __device__ __forceinline__ void prefetch_layer(int layer) const {
     const int norm = (layer < LAYERS ? NORMS : E) * 2, size = norm + (RANK && layer < LAYERS ? lora_at(4) * 2 : 0);
+#pragma unroll 1
     for (int i = (b * THREADS + tid) * 128; i < size; i += n * THREADS * 128)
       prefetch_l2(i < norm ? reinterpret_cast<const char*>(a.norms + (long)layer * NORMS) + i
                            : reinterpret_cast<const char*>(matrix_a(layer, 0)) + (i - norm));

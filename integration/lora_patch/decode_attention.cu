@@ -3,8 +3,34 @@ namespace decode {
 
 // -- attention --------------------------------------------------------------------------------------------------------
 
-// Normalise and turn one head of 128 (or 64) values, held DIM / 32 to a lane: lane, lane + 32, ...
-__device__ __forceinline__ void turned(const Block& k, const float* from, const bf* weight, int position, float (&v)[DIM / 32]) {
+// Where a block's parts begin among those of a head, and how many of the head's are attended to at a time.
+__device__ __forceinline__ int parts_at_once(int blocks) { return min(blocks / KV, 32); }
+
+// Write down what this block attends to: part ``i`` of its parts, or an empty one.
+__device__ __forceinline__ Part part_of(const Block& k, int i) {
+  const int* meta = k.meta();
+  const int per = parts_at_once(k.n), T = meta[3], S = k.M / T, splits = max(per / S, 1), item = k.b / KV + i * per;
+  if (k.b / KV >= per || item >= S * splits) return {-1, 0, 0, 0, 0, 0, 0, 0};
+  const int* row = meta + 4 + 3 * (item % S) * T;  // (sequence, column, position) of the first new token
+  const int chunk = up_to((row[1] + T + splits - 1) / splits, 32), c0 = item / S * chunk;
+  return {item % S, row[0], item / S, splits, row[1], chunk, c0, min(row[1] + T, c0 + chunk)};
+}
+
+// Ask the L2 cache for a block's first part, columns ``from`` to ``to`` of it.
+__device__ __forceinline__ void prefetch_cache(const Block& k, int layer, int from, int to) {
+  const Part part = k.part(0);
+  const int columns = k.meta()[0], c0 = part.c0 + from, c1 = min(part.c1, part.c0 + to), lines = (c1 - c0 + 63) / 64 + 1;
+  if (part.sequence < 0 || c0 >= c1) return;
+  const bf *keys = k.keys(layer, part), *values = k.values(layer, part);
+#pragma unroll 1
+  for (int i = k.tid; i < (c1 - c0) * DIM / 64; i += THREADS) prefetch_l2(keys + (long)c0 * DIM + i * 64);
+#pragma unroll 1
+  for (int i = k.tid; i < DIM * lines; i += THREADS)
+    prefetch_l2(values + (long)(i / lines) * columns + min(c0 + i % lines * 64, c1 - 1));
+}
+
+// Normalise and turn one head of 128 (or 64) values of token ``m``, held DIM / 32 to a lane: lane, lane + 32, ...
+__device__ __forceinline__ void turned(const Block& k, const float* from, const bf* weight, int m, float (&v)[DIM / 32]) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < DIM / 32; i++) {
@@ -17,55 +43,17 @@ __device__ __forceinline__ void turned(const Block& k, const float* from, const 
   for (int i = 0; i < DIM / 32; i++) v[i] = round_bf(v[i] * f * __bfloat162float(weight[k.lane + 32 * i]));
 #pragma unroll
   for (int i = 0; i < DIM / 64; i++) {
-    float s, c;
-    sincosf(position * k.a.frequencies[k.lane + 32 * i], &s, &c);
-    s = round_bf(s), c = round_bf(c);
+    const float2 turn = two(k.turns()[m * (DIM / 2) + k.lane + 32 * i]);
     const float a = v[i], b = v[i + DIM / 64];
-    v[i] = a * c - b * s;
-    v[i + DIM / 64] = b * c + a * s;
+    v[i] = a * turn.x - b * turn.y;
+    v[i + DIM / 64] = b * turn.x + a * turn.y;
   }
-}
-
-// The part of the cache that a block attends to at a time: one head's keys and values of some columns of a sequence.
-struct Part {
-  int sequence, split, splits;  // of so many parts
-  int first, n, chunk, c0, c1;  // the new columns begin; columns in all, of a part, of this part
-  const int* row;               // (sequence, column, position) of the sequence's first new token
-  bf *keys, *values;
-};
-
-__device__ __forceinline__ int parts_at_once(const Block& k) { return min(k.n / KV, 32); }  // blocks of a head
-
-__device__ __forceinline__ Part part_of(const Block& k, int layer, int item) {
-  const int* meta = k.a.meta;
-  const int columns = meta[0], T = meta[3], S = k.M / T;
-  Part p;
-  p.sequence = item % S, p.split = item / S, p.splits = max(parts_at_once(k) / S, 1);
-  p.row = meta + 4 + 3 * p.sequence * T;
-  p.first = p.row[1], p.n = p.first + T, p.chunk = ((p.n + p.splits - 1) / p.splits + 31) / 32 * 32;
-  p.c0 = p.split * p.chunk, p.c1 = min(p.n, p.c0 + p.chunk);
-  const long head = ((long)layer * meta[1] + p.row[0]) * KV + k.b % KV;
-  p.keys = k.a.keys + head * columns * DIM, p.values = k.a.values + head * DIM * columns;
-  return p;
-}
-
-// Ask the L2 cache for a block's first part, columns ``from`` to ``to`` of it.
-__device__ __forceinline__ void prefetch_cache(const Block& k, int layer, int from, int to) {
-  const int index = k.b / KV, columns = k.a.meta[0], S = k.M / k.a.meta[3];
-  if (index >= parts_at_once(k) || index >= S * max(parts_at_once(k) / S, 1)) return;
-  const Part p = part_of(k, layer, index);
-  const int c0 = p.c0 + from, c1 = min(p.c1, p.c0 + to), lines = (c1 - c0 + 63) / 64 + 1;
-  if (c0 >= c1) return;
-  for (int i = k.tid; i < (c1 - c0) * DIM / 64; i += THREADS) prefetch_l2(p.keys + (long)c0 * DIM + i * 64);
-  for (int i = k.tid; i < DIM * lines; i += THREADS)
-    prefetch_l2(p.values + (long)(i / lines) * columns + min(c0 + i % lines * 64, c1 - 1));
 }
 
 __device__ __forceinline__ void attention(Block& k, int layer) {
   k.forget();
 
-  const int kvh = k.b % KV, per = parts_at_once(k), index = k.b / KV;
-  const int columns = k.a.meta[0], T = k.a.meta[3], S = k.M / T, items = S * max(per / S, 1);
+  const int kvh = k.b % KV, columns = k.meta()[0], T = k.meta()[3];
   char* qs = k.sm + AT_PARTS;
   char* ps = qs + 16 * Q_PITCH;
   float* sc = reinterpret_cast<float*>(ps + 16 * P_PITCH);
@@ -75,60 +63,66 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
   float* out = reinterpret_cast<float*>(k.at(S_PO));
   float2* ml = reinterpret_cast<float2*>(k.at(S_ML));
   uint4 kr[SUB / 64][DIM / 32], vr[DIM / 64][SUB / 32];
-  Part part;
+  Part part = k.part(0);
+  bf *keys = k.keys(layer, part), *values = k.values(layer, part);
   auto load = [&](int base, int from) {  // columns base .. base + SUB that are ``from`` or later
 #pragma unroll
     for (int i = 0; i < SUB / 64; i++) {
       const int col = base + (k.warp + i * WARPS) * 8 + k.g;
       if (col - k.g < part.c1 && col >= from)
 #pragma unroll
-        for (int c = 0; c < DIM / 32; c++) kr[i][c] = *reinterpret_cast<const uint4*>(part.keys + (long)col * DIM + c * 32 + k.t * 8);
+        for (int c = 0; c < DIM / 32; c++) kr[i][c] = *reinterpret_cast<const uint4*>(keys + (long)col * DIM + c * 32 + k.t * 8);
     }
 #pragma unroll
     for (int i = 0; i < DIM / 64; i++)
 #pragma unroll
       for (int c = 0; c < SUB / 32; c++)
         if (base + c * 32 < part.c1 && base + c * 32 + k.t * 8 + 7 >= from)
-          vr[i][c] = *reinterpret_cast<const uint4*>(part.values + (long)((k.warp + i * WARPS) * 8 + k.g) * columns + base + c * 32 + k.t * 8);
+          vr[i][c] = *reinterpret_cast<const uint4*>(values + (long)((k.warp + i * WARPS) * 8 + k.g) * columns + base + c * 32 + k.t * 8);
   };
   const bf* head_a = RANK ? k.matrix_a(layer, 1) + kvh * GROUP * DIM : nullptr;  // of each rank; QW values apart
   int a_pitch = QW;
-  if (RANK && HEAD_A_FITS && index < per) {
+  if (RANK && HEAD_A_FITS && part.sequence >= 0) {
+#pragma unroll 1
     for (int i = k.tid; i < RANK * GROUP * DIM / 8; i += THREADS)
       copy_async(shared_at(qs + ATTENTION + i / (GROUP * DIM / 8) * HEAD_A_PITCH * 2 + i % (GROUP * DIM / 8) * 16),
                  head_a + (long)(i / (GROUP * DIM / 8)) * QW + i % (GROUP * DIM / 8) * 8);
     head_a = reinterpret_cast<const bf*>(qs + ATTENTION), a_pitch = HEAD_A_PITCH;
   }
-  if (index < items && index < per) {  // the cache does not depend on this layer's queries: fetch it while others finish
-    part = part_of(k, layer, index);
-    if (part.c0 < part.n) load(part.c0, 0);
+  if (part.sequence >= 0) {  // the cache does not depend on this layer's queries: fetch it while others finish
+    if (part.c0 < part.c1) load(part.c0, 0);
     prefetch_cache(k, layer, EARLY, 1 << 30);
   }
   k.wait();
-  for (int item = index; index < per && item < items; item += per) {
-    part = part_of(k, layer, item);
+#pragma unroll 1
+  for (int item = 0; item < PARTS_OF; item++) {
+    if (item) part = k.part(item), keys = k.keys(layer, part), values = k.values(layer, part);
+    if (part.sequence < 0) break;
     const int s = part.sequence, first = part.first, c0 = part.c0, c1 = part.c1;
-    if (c0 < part.n) {
+    if (c0 < c1) {
+#pragma unroll 1
       for (int j = k.warp; j < 8 * ((2 * T + 7) / 8); j += WARPS) {  // the new columns that are this block's
         const int which = j / 8 * 8 + 7 - j % 8, t = which / 2, col = first + t;
         if (t >= T || col < c0 || col >= c1) continue;
         const float* from = qkv + (long)(s * T + t) * QKV + QW + kvh * DIM;
         if (which % 2) {
-          for (int i = k.lane; i < DIM; i += 32) part.values[(long)i * columns + col] = __float2bfloat16(__ldcg(from + KW + i));
+          for (int i = k.lane; i < DIM; i += 32) values[(long)i * columns + col] = __float2bfloat16(__ldcg(from + KW + i));
         } else {
           float v[DIM / 32];
-          turned(k, from, norms + DIM, part.row[3 * t + 2], v);
+          turned(k, from, norms + DIM, s * T + t, v);
 #pragma unroll
-          for (int i = 0; i < DIM / 32; i++) part.keys[(long)col * DIM + k.lane + 32 * i] = __float2bfloat16(v[i]);
+          for (int i = 0; i < DIM / 32; i++) keys[(long)col * DIM + k.lane + 32 * i] = __float2bfloat16(v[i]);
         }
       }
+#pragma unroll 1
       for (int r0 = 0; r0 < GROUP * T; r0 += 16) {
-        if (r0 || item != index) load(c0, 0);
+        if (r0 || item) load(c0, 0);
         const int real = min(16, GROUP * T - r0);  // queries; what stands in the other rows is never used
+#pragma unroll 1
         for (int r = k.warp; r < real; r += WARPS) {
           const int t = (r0 + r) / GROUP, h = (r0 + r) % GROUP;
           float v[DIM / 32];
-          turned(k, qkv + (long)(s * T + t) * QKV + (kvh * GROUP + h) * DIM, norms, part.row[3 * t + 2], v);
+          turned(k, qkv + (long)(s * T + t) * QKV + (kvh * GROUP + h) * DIM, norms, s * T + t, v);
 #pragma unroll
           for (int i = 0; i < DIM / 32; i++) reinterpret_cast<bf*>(qs + r * Q_PITCH)[k.lane + 32 * i] = __float2bfloat16(v[i]);
         }
@@ -210,7 +204,7 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
     }
     // the last block of a head and sequence puts the parts together, and adds what they give to z
     if (!k.comes_last(reinterpret_cast<u32*>(k.at(S_BAR)) + 128 + kvh * 16 + s, part.splits)) continue;
-    const int used = (part.n + part.chunk - 1) / part.chunk;
+    const int used = (first + T + part.chunk - 1) / part.chunk;
     auto found_at = [&](int split, int r) { return (long)(kvh * 32 + split) * 16 * GROUP + s * T * GROUP + r; };
     float2 v[16];
     auto fetch = [&](int i, int from) {
@@ -219,6 +213,7 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
         v[j] = __ldcg(reinterpret_cast<const float2*>(out + found_at(min(from + j, used - 1), i / (DIM / 2)) * DIM + i % (DIM / 2) * 2));
     };
     fetch(min(k.tid, T * GROUP * DIM / 2 - 1), 0);
+#pragma unroll 1
     for (int r = k.warp; r < T * GROUP; r += WARPS) {  // the weight of each part: a lane a part
       const float2 e = k.lane < used ? __ldcg(ml + found_at(k.lane, r)) : make_float2(NONE, 0);
       float top = e.x;

@@ -64,6 +64,9 @@ def refusal(model: LanguageModel) -> str | None:
     if any(width % (32 * WARPS) for width in dims.inputs()) or dims.head_dim not in (64, 128):
         return "matrices of another width"
     wide = max(-(-dims.hidden // blocks) > 32, -(-(dims.heads + 2 * dims.kv_heads) * dims.head_dim // blocks) > 64)
+    group = dims.heads // dims.kv_heads
+    if group > 8 or group * dims.head_dim > 2 * (dims.head_dim + SUB + 64):  # see decode.cu: ATTENTION
+        return "too many heads to one of keys"
     if wide or blocks < dims.kv_heads or shared_bytes(dims, 0, 8) > SHARED_LIMIT:
         return "matrices too large for the GPU's blocks"
     return None
@@ -194,22 +197,29 @@ def _four_bit_row(inputs: int) -> int:
 def shared_bytes(dims: Dimensions, rank: int, rows: int) -> int:
     """Return the shared memory of a block, as decode.cu lays it out."""
 
+    def up_to(count, of):
+        return -(-count // of) * of
+
     def pitch(inputs):
         if dims.bits == 4:
             return _four_bit_row(inputs)
         size = _chunks(inputs) * 64
-        return size if size % 128 else size + 64
+        return size if size % 128 else size + (32 if rank else 64)
 
     hidden, attended, intermediate = dims.inputs()
+    own_hidden, own_inner = -(-hidden // dims.blocks), -(-intermediate // dims.blocks)
+    own_qkv = -(-(attended + 2 * dims.kv_heads * dims.head_dim) // dims.blocks)
     slot = max(16 * pitch(hidden), 8 * pitch(attended), 8 * pitch(intermediate))
     held = 64 if rank > 16 and rows > 8 else 80
     attention = 16 * (dims.head_dim * 2 + 64 + SUB * 2 + 64 + (SUB + 8) * 4) + 192
     slots = 6 if dims.bits == 4 else 2
     total = slots * WARPS * slot + max(held * 2 * WARPS * 8 * 4, attention)
     if rank:
-        own_hidden, own = -(-hidden // dims.blocks), max(-(-hidden // dims.blocks), -(-intermediate // dims.blocks))
-        total += max(own_hidden * 3 * rank, own * rank) * 2 + -(-rows * own * 2 // 16) * 16 + rows * 3 * rank * 4
-    return total + WARPS * rows * 4 + slots * WARPS * 8 + (dims.layers * 4 + 1) * 8 + 80
+        total += max(up_to(own_hidden, 16) * 3 * rank, up_to(own_inner, 16) * rank) * 2
+        total += rows * up_to(max(own_hidden, own_inner), 16) * 2 + rows * 3 * rank * 2
+        total += (max(own_qkv, own_hidden, 2 * own_inner) + 8) * rank * 2
+    total += rows * dims.head_dim // 2 * 4 + WARPS * rows * 4
+    return total + slots * WARPS * 8 + (dims.layers * 4 + 1) * 8 + 8 + 256 + 16 * 32 + 80
 
 
 def scratch(dims: Dimensions) -> mx.array:

@@ -18,12 +18,25 @@ __device__ __forceinline__ void multiply(const char* from, const u32 (&x)[chunks
   for (int i = 0; i < 4; i++) acc[i] = part[0][i] + part[1][i] + part[2][i] + part[3][i];
 }
 
+// Add B z of eight rows, the block's rows ``first`` and on; those of up come after all those of gate.
 template <int P>
-__device__ __forceinline__ float update(const uint4 (&b)[RANK / 8 + 1], const float* z) {
-  float sum = 0;
+__device__ __forceinline__ void update(const Block& k, int first, int up, float (&acc)[4]) {
+  // rows of q, k and v have z of their own, and eight may have rows of two
+  auto member = [&](int row) { return P == 0 ? (k.lo(0) + row >= QW) + (k.lo(0) + row >= QW + KW) : P == 2 ? up : 0; };
+  const int row = first + k.g;
+  const u32* b = reinterpret_cast<const u32*>(k.own_b() + (row + (P == 2 && up ? k.hi(P) - k.lo(P) : 0)) * RANK);
+#pragma unroll 1
+  for (int of = member(first); of <= member(first + 7); of++) {
+    const bool mine = member(row) == of;
 #pragma unroll
-  for (int i = 0; i < RANK / 8; i++) sum += dot8(b[i], z + 8 * i);
-  return sum;
+    for (int i = 0; i < RANK; i += 16) {
+      u32 z[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        z[j] = j % 2 < HALVES && i + j / 2 * 8 < RANK ? reinterpret_cast<const u32*>(k.z_here() + (k.g + j % 2 * 8) * low(P) + of * RANK + i)[j / 2 * 4 + k.t] : 0;
+      mma(acc, z[0], z[1], z[2], z[3], mine ? b[i / 2 + k.t] : 0, mine && i + 8 < RANK ? b[i / 2 + 4 + k.t] : 0);
+    }
+  }
 }
 
 // One product: x0 or x1, attended values or activations in, finished outputs out.
@@ -32,43 +45,28 @@ __device__ __forceinline__ void product(Block& k, int layer) {
   k.forget();
 
   constexpr int N = chunks(P), T = tiles(P), NP = passes(P);
-  constexpr bool NORMED = P == 0 || P == 2 || P == 4;
-  constexpr int H = 4 * (HALVES - 1);
+  constexpr bool NORMED = P == 0 || P == 2 || P == 4, UPDATED = RANK && P < 4;
+  constexpr int HERE = P < 4 ? P : 0, BEFORE = (P + 3) % 4;
   constexpr int SPAN = P == 0 ? 64 : P == 2 ? 128 : P == 4 ? 256 : 32;  // threads side by side in the epilogue
   const int M = k.M, nu = k.units(P), lo = k.lo(P), hi = k.hi(P), at_once = min(SPAN / (T == 2 && P != 2 ? 16 : 8), HELD / M);
   float* parts = reinterpret_cast<float*>(k.sm + AT_PARTS);
   float* squares = reinterpret_cast<float*>(k.sm + AT_SS);
-  float* zs = reinterpret_cast<float*>(k.sm + AT_ZS);
 
   // what does not depend on the phase before
-  uint4 b0[RANK / 8 + 1], b1[RANK / 8 + 1];
-  auto load_b = [&](int row) {
-    if (!RANK || P == 4 || row >= hi) return;
-    const bf* b = k.matrix_b(layer, P < 4 ? P : 0) + (long)row * RANK;
-#pragma unroll
-    for (int i = 0; i < RANK / 8; i++) {
-      b0[i] = reinterpret_cast<const uint4*>(b)[i];
-      if (P == 2) b1[i] = reinterpret_cast<const uint4*>(b + (long)F * RANK)[i];
-    }
-  };
-  load_b(lo + k.tid % SPAN);
   constexpr int NEXT = P == 1 ? 2 : P == 2 ? 3 : 0;  // the product whose inputs are finished here
   const bool feeds = RANK && (P == 1 || P == 2 || (P == 3 && layer + 1 < LAYERS));
   if (feeds) k.fetch_a(P == 3 ? layer + 1 : layer, NEXT, lo, hi - lo);
+  if (UPDATED) k.fetch_b<HERE>(layer);
   if (P == 0) {  // two phases before it is read
     k.prefetch_layer(layer + 1);
     prefetch_cache(k, layer, 0, EARLY);
   }
   k.wait();
-  constexpr int HERE = P < 4 ? P : 0, BEFORE = (P + 3) % 4, ZS = (MB * low(HERE) + THREADS - 1) / THREADS;
-  long long z[RANK && P < 4 ? ZS : 1];
-  if (RANK && P < 4)
-#pragma unroll
-    for (int i = 0; i < ZS; i++) {
-      const int at = k.tid + i * THREADS;
-      z[i] = at < M * low(HERE) ? __ldcg(k.z_at(HERE) + at) : 0;
-    }
+  if (UPDATED)
+#pragma unroll 1
+    for (int i = k.tid; i < M * low(HERE); i += THREADS) k.z_here()[i] = __float2bfloat16((float)__ldcg(k.z_at(HERE) + i) / Z_ONE);
   if (RANK && (layer || P))  // z of the product before has been read by all
+#pragma unroll 1
     for (int i = k.tid * k.n + k.b; i < M * low(BEFORE); i += THREADS * k.n) k.z_at(BEFORE)[i] = 0;
 
   const bf* x = reinterpret_cast<const bf*>(k.at(P == 0 || P == 4 ? S_X0 : P == 1 ? S_ATT : P == 2 ? S_X1 : S_ACT));
@@ -120,14 +118,13 @@ __device__ __forceinline__ void product(Block& k, int layer) {
       for (int w = 0; w < WARPS; w++) sum += squares[w * MB + m];
       return rsqrtf(sum / inputs(P) + EPS);
     };
-    if (RANK && P < 4 && pass == 0)
-#pragma unroll
-      for (int i = 0; i < ZS; i++)
-        if (k.tid + i * THREADS < M * low(HERE)) zs[k.tid + i * THREADS] = (float)z[i] / Z_ONE;
+    if (UPDATED && pass == 0) {
+      wait_copies();
+      __syncthreads();
+    }
 #pragma unroll 1
     for (int from_unit = 0; from_unit < nu; from_unit += at_once) {
       const int to_unit = min(nu, from_unit + at_once);
-      if (RANK && P < 4 && pass == NP - 1 && from_unit) load_b(lo + from_unit * 8 + k.tid % SPAN);
 #pragma unroll 1
       for (int u = from_unit; u < to_unit; u++) {
         float acc[T][4];
@@ -137,6 +134,10 @@ __device__ __forceinline__ void product(Block& k, int layer) {
           multiply<P>(from + i * 8 * pitch(P), in, acc[i], k.g, k.t);
         }
         k.give();
+        if (UPDATED && pass == 0)
+#pragma unroll
+          for (int i = 0; i < T; i++)
+            if ((u * T + i) % WARPS == k.warp) update<HERE>(k, P == 2 ? u * 8 : (u * T + i) * 8, i, acc[i]);
 #pragma unroll
         for (int i = 0; i < T; i++)
 #pragma unroll
@@ -150,7 +151,6 @@ __device__ __forceinline__ void product(Block& k, int layer) {
           }
       }
       if (pass < NP - 1) continue;
-      if (feeds) wait_copies();
       __syncthreads();
       const int at = k.tid % SPAN;
       auto whole = [&](int tile, int m) {
@@ -167,14 +167,10 @@ __device__ __forceinline__ void product(Block& k, int layer) {
           const int m = SPAN == THREADS ? j : k.tid / SPAN + j * (THREADS / SPAN);
           if (m >= M) break;
           if (P == 0) {
-            float y = whole(at / 8, m);
-            if (RANK) y += update<P>(b0, zs + m * low(0) + (row < QW ? 0 : row < QW + KW ? RANK : 2 * RANK));
-            __stcg(reinterpret_cast<float*>(k.at(S_QKV)) + (long)m * QKV + row, y * factor(m));
+            __stcg(reinterpret_cast<float*>(k.at(S_QKV)) + (long)m * QKV + row, whole(at / 8, m) * factor(m));
           } else if (P == 2) {
             const float f = factor(m);
-            float gate = whole(at / 8 * 2, m), up = whole(at / 8 * 2 + 1, m);
-            if (RANK) gate += update<P>(b0, zs + m * low(2)), up += update<P>(b1, zs + m * low(2) + RANK);
-            gate *= f, up *= f;
+            const float gate = whole(at / 8 * 2, m) * f, up = whole(at / 8 * 2 + 1, m) * f;
             const bf act = __float2bfloat16(gate / (1.0f + __expf(-gate)) * up);
             reinterpret_cast<bf*>(k.at(S_ACT))[(long)m * F + row] = act;
             if (feeds) k.own_x(m)[row - lo] = act;
@@ -184,7 +180,6 @@ __device__ __forceinline__ void product(Block& k, int layer) {
             if (y > best[P == 4 ? m : 0]) best[P == 4 ? m : 0] = y, best_at[P == 4 ? m : 0] = row;
           } else {
             float y = whole(at / 8, m);
-            if (RANK) y += update<P>(b0, zs + m * low(P == 3 ? 3 : 1));
             const bf* old = reinterpret_cast<const bf*>(k.at(P == 1 ? S_X0 : S_X1)) + (long)m * E + row;
             y += __bfloat162float(__ldcg(old));
             reinterpret_cast<bf*>(k.at(P == 1 ? S_X1 : S_X0))[(long)m * E + row] = __float2bfloat16(y);

@@ -72,6 +72,10 @@ __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// Load B of such a product from its 16 rows of 8 values in shared memory; lane i gives the address of row i % 16.
+__device__ __forceinline__ void load_transposed(u32& b0, u32& b1, u32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(b0), "=r"(b1) : "r"(row) : "memory");
+}
 // Hide from the compiler what it knows of a value.
 __device__ __forceinline__ void forget(int& a, int& b, int& c, int& d) {
   asm volatile("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d));

@@ -15,6 +15,7 @@ __device__ __forceinline__ void step(const Args& args) {
   k.a = args, k.sm = shared;
   k.b = blockIdx.x, k.n = gridDim.x, k.tid = threadIdx.x, k.warp = threadIdx.x / 32, k.lane = threadIdx.x % 32;
   k.g = k.lane / 4, k.t = k.lane % 4, k.M = args.meta[2], k.taken = 0;
+  if (k.tid < 64) reinterpret_cast<int*>(shared + AT_META)[k.tid] = args.meta[k.tid];
   if (k.tid == 0) k.ticket() = load_acquire(reinterpret_cast<u32*>(k.at(S_BAR)));
   for (int i = k.tid; i < LAYERS * 4 + 1; i += THREADS) reinterpret_cast<long*>(shared + AT_TABLE)[i] = args.table[i];
   if (k.tid < 5) {
@@ -28,11 +29,19 @@ __device__ __forceinline__ void step(const Args& args) {
   k.ahead = {0, 0, 0, 0};
   for (int s = 0; s < SLOTS; s++) k.issue(s);
   k.prefetch_layer(0);
+  if (k.tid < PARTS_OF) reinterpret_cast<Part*>(shared + AT_PART)[k.tid] = part_of(k, k.tid);
+  for (int i = k.tid; i < k.M * DIM / 2; i += THREADS) {
+    float s, c;
+    sincosf(k.meta()[4 + 3 * (i / (DIM / 2)) + 2] * args.frequencies[i % (DIM / 2)], &s, &c);
+    k.turns()[i] = pack(c, s);
+  }
+  for (int i = k.tid; i < A_BYTES / 4; i += THREADS) reinterpret_cast<u32*>(shared + AT_A)[i] = 0;  // no NaN where nothing is
   const char* table = reinterpret_cast<const char*>(args.table[LAYERS * 4 + 1]);
   for (int m = k.b; m < k.M; m += k.n)
     for (int i = k.tid; i < E / 8; i += THREADS)
       __stcg(reinterpret_cast<uint4*>(k.at(S_X0) + (long)m * E * 2) + i, embedded(table, args.tokens[m], i));
   if (RANK) {
+    __syncthreads();
     const int lo = k.lo(1), count = k.hi(1) - lo;
     k.fetch_a(0, 0, lo, count);
     for (int i = k.tid; i < k.M * count; i += THREADS) {

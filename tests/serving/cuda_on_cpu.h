@@ -377,6 +377,17 @@ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   cpu::meet(cpu::PRODUCT, cpu::multiply);
   memcpy(d, own.d, sizeof d);
 }
+inline void load_transposed(u32& b0, u32& b1, u32 row) {
+  cpu::Fiber& me = *cpu::m.now;
+  me.warp->given[me.lane] = row;
+  cpu::meet(cpu::SHUFFLE, [](cpu::Warp& warp) { memcpy(warp.taken, warp.given, sizeof warp.taken); });
+  u32* found[2] = {&b0, &b1};
+  for (int i = 0; i < 2; i++) {
+    *found[i] = 0;
+    for (int j = 0; j < 2; j++)
+      *found[i] |= *(const uint16_t*)(cpu::shared(me.warp->taken[8 * i + me.lane % 4 * 2 + j], 16) + me.lane / 4 * 2) << 16 * j;
+  }
+}
 inline void forget(int&, int&, int&, int&) {}
 
 }  // namespace decode
