@@ -107,6 +107,10 @@ __device__ __forceinline__ void mbar_wait(u32 bar, u32 parity) {
   }
 }
 __device__ __forceinline__ float2 two(u32 v) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v)); }
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+  const __nv_bfloat162 v = __hmul2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+  return *reinterpret_cast<const u32*>(&v);
+}
 __device__ __forceinline__ u32 pack(float a, float b) {
   __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
   return *reinterpret_cast<u32*>(&v);
@@ -171,6 +175,7 @@ struct Block {
   __device__ __forceinline__ bf* own_b() const { return reinterpret_cast<bf*>(sm + AT_B); }
   __device__ __forceinline__ bf* z_here() const { return reinterpret_cast<bf*>(sm + AT_Z); }
   __device__ __forceinline__ void fetch(bf* to, const bf* from, int count) const {  // a multiple of 8 values
+#pragma unroll 1
     for (int i = tid * 8; i < count; i += THREADS * 8) copy_async(shared_at(to + i), from + i);
   }
   // Fetch what this block's inputs of a product give to z, [count, low(p)].
@@ -270,8 +275,9 @@ struct Block {
   // wait in front of device memory at any time: what is not asked for long before it is needed comes late.
   __device__ __forceinline__ void prefetch_layer(int layer) const {
     const int norm = (layer < LAYERS ? NORMS : E) * 2, size = norm + (RANK && layer < LAYERS ? lora_at(4) * 2 : 0);
+    // not by the warp that arrives at the barrier, which would wait for them
 #pragma unroll 1
-    for (int i = (b * THREADS + tid) * 128; i < size; i += n * THREADS * 128)
+    for (int i = (b * (THREADS - 32) + tid - 32) * 128; tid >= 32 && i < size; i += n * (THREADS - 32) * 128)
       prefetch_l2(i < norm ? reinterpret_cast<const char*>(a.norms + (long)layer * NORMS) + i
                            : reinterpret_cast<const char*>(matrix_a(layer, 0)) + (i - norm));
   }

@@ -23,9 +23,9 @@ __device__ __forceinline__ void prefetch_cache(const Block& k, int layer, int fr
   if (part.sequence < 0 || c0 >= c1) return;
   const bf *keys = k.keys(layer, part), *values = k.values(layer, part);
 #pragma unroll 1
-  for (int i = k.tid; i < (c1 - c0) * DIM / 64; i += THREADS) prefetch_l2(keys + (long)c0 * DIM + i * 64);
+  for (int i = k.tid - 32; k.tid >= 32 && i < (c1 - c0) * DIM / 64; i += THREADS - 32) prefetch_l2(keys + (long)c0 * DIM + i * 64);
 #pragma unroll 1
-  for (int i = k.tid; i < DIM * lines; i += THREADS)
+  for (int i = k.tid - 32; k.tid >= 32 && i < DIM * lines; i += THREADS - 32)
     prefetch_l2(values + (long)(i / lines) * columns + min(c0 + i % lines * 64, c1 - 1));
 }
 
@@ -106,6 +106,7 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
         if (t >= T || col < c0 || col >= c1) continue;
         const float* from = qkv + (long)(s * T + t) * QKV + QW + kvh * DIM;
         if (which % 2) {
+#pragma unroll 1
           for (int i = k.lane; i < DIM; i += 32) values[(long)i * columns + col] = __float2bfloat16(__ldcg(from + KW + i));
         } else {
           float v[DIM / 32];
@@ -152,6 +153,7 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
           }
           __syncthreads();
           const int wide = (min(SUB, c1 - base) + 31) / 32 * 32, held = (min(SUB, c1 - base) + 7) / 8 * 8;
+#pragma unroll 1
           for (int r = k.warp; r < real; r += WARPS) {
             float v[SUB / 32], top = NONE, sum = 0;
 #pragma unroll
@@ -221,9 +223,10 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
       const float f = e.x == NONE ? 0.0f : __expf(e.x - top);
       float sum = f * e.y;
       for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
-      sc[r * 32 + k.lane] = f / sum;
+      sc[r * 32 + k.lane] = __fdividef(f, sum);
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = k.tid; i < T * GROUP * DIM / 2; i += THREADS) {
       const int r = i / (DIM / 2), d = i % (DIM / 2) * 2;
       if (i != k.tid) fetch(i, 0);

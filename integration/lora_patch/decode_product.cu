@@ -4,18 +4,18 @@ namespace decode {
 template <int P>
 __device__ __forceinline__ void multiply(const char* from, const u32 (&x)[chunks(P)][4 * HALVES], float (&acc)[4], int g, int t) {
   constexpr int H = 4 * (HALVES - 1);
-  float part[4][4] = {};  // four chains: a tensor core's answer takes as long as several products
+  float part[3][4] = {};  // four chains with acc: a tensor core's answer takes as long as several products
 #pragma unroll
   for (int c = 0; c < chunks(P); c++) {
     const char* row = from + g * pitch(P);
     uint4 w;
     if (BITS == 4) w = unpacked(*reinterpret_cast<const u32*>(row + c * 16 + t * 4), *reinterpret_cast<const u32*>(row + chunks(P) * 16 + c * 4));
     else w = *reinterpret_cast<const uint4*>(row + c * 64 + t * 16);
-    mma(part[c % 2 * 2], x[c][0], H ? x[c][H] : 0, x[c][1], H ? x[c][H + 1] : 0, w.x, w.y);
-    mma(part[c % 2 * 2 + 1], x[c][2], H ? x[c][H + 2] : 0, x[c][3], H ? x[c][H + 3] : 0, w.z, w.w);
+    mma(c % 2 ? part[0] : acc, x[c][0], H ? x[c][H] : 0, x[c][1], H ? x[c][H + 1] : 0, w.x, w.y);
+    mma(part[1 + c % 2], x[c][2], H ? x[c][H + 2] : 0, x[c][3], H ? x[c][H + 3] : 0, w.z, w.w);
   }
 #pragma unroll
-  for (int i = 0; i < 4; i++) acc[i] = part[0][i] + part[1][i] + part[2][i] + part[3][i];
+  for (int i = 0; i < 4; i++) acc[i] += part[0][i] + part[1][i] + part[2][i];
 }
 
 // Add B z of eight rows, the block's rows ``first`` and on; those of up come after all those of gate.
@@ -62,9 +62,11 @@ __device__ __forceinline__ void product(Block& k, int layer) {
     prefetch_cache(k, layer, 0, EARLY);
   }
   k.wait();
+  constexpr int ZS = UPDATED ? (MB * low(HERE) + THREADS - 1) / THREADS : 1;
+  long long z[ZS];
   if (UPDATED)
-#pragma unroll 1
-    for (int i = k.tid; i < M * low(HERE); i += THREADS) k.z_here()[i] = __float2bfloat16((float)__ldcg(k.z_at(HERE) + i) / Z_ONE);
+#pragma unroll
+    for (int i = 0; i < ZS; i++) z[i] = k.tid + i * THREADS < M * low(HERE) ? __ldcg(k.z_at(HERE) + k.tid + i * THREADS) : 0;
   if (RANK && (layer || P))  // z of the product before has been read by all
 #pragma unroll 1
     for (int i = k.tid * k.n + k.b; i < M * low(BEFORE); i += THREADS * k.n) k.z_at(BEFORE)[i] = 0;
@@ -97,9 +99,9 @@ __device__ __forceinline__ void product(Block& k, int layer) {
           const u32 a[4] = {v[c].x, v[c].y, v[c].z, v[c].w}, w[4] = {norm[NORMED ? c : 0].x, norm[NORMED ? c : 0].y, norm[NORMED ? c : 0].z, norm[NORMED ? c : 0].w};
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            float2 p = two(a[i]), q = two(w[i]);
+            const float2 p = two(a[i]);
             sum += p.x * p.x + p.y * p.y;
-            in[c][4 * h + i] = pack(p.x * q.x, p.y * q.y);
+            in[c][4 * h + i] = times(a[i], w[i]);
           }
         } else {
           in[c][4 * h] = v[c].x, in[c][4 * h + 1] = v[c].y, in[c][4 * h + 2] = v[c].z, in[c][4 * h + 3] = v[c].w;
@@ -119,6 +121,9 @@ __device__ __forceinline__ void product(Block& k, int layer) {
       return rsqrtf(sum / inputs(P) + EPS);
     };
     if (UPDATED && pass == 0) {
+#pragma unroll
+      for (int i = 0; i < ZS; i++)
+        if (k.tid + i * THREADS < M * low(HERE)) k.z_here()[k.tid + i * THREADS] = __float2bfloat16((float)z[i] / Z_ONE);
       wait_copies();
       __syncthreads();
     }
@@ -127,28 +132,23 @@ __device__ __forceinline__ void product(Block& k, int layer) {
       const int to_unit = min(nu, from_unit + at_once);
 #pragma unroll 1
       for (int u = from_unit; u < to_unit; u++) {
-        float acc[T][4];
         const char* from = k.take();
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < T; i++) {
-          multiply<P>(from + i * 8 * pitch(P), in, acc[i], k.g, k.t);
-        }
-        k.give();
-        if (UPDATED && pass == 0)
-#pragma unroll
-          for (int i = 0; i < T; i++)
-            if ((u * T + i) % WARPS == k.warp) update<HERE>(k, P == 2 ? u * 8 : (u * T + i) * 8, i, acc[i]);
-#pragma unroll
-        for (int i = 0; i < T; i++)
+          float acc[4] = {0, 0, 0, 0};
+          if (UPDATED && pass == 0 && (u * T + i) % WARPS == k.warp) update<HERE>(k, P == 2 ? u * 8 : (u * T + i) * 8, i, acc);
+          multiply<P>(from + i * 8 * pitch(P), in, acc, k.g, k.t);
 #pragma unroll
           for (int h = 0; h < HALVES; h++) {
             const int m = k.g + 8 * h;
             if (m >= M) continue;
             float2* to = reinterpret_cast<float2*>(parts + ((((u - from_unit) * T + i) * WARPS + k.warp) * M + m) * 8 + 2 * k.t);
-            float2 sum = make_float2(acc[i][2 * h], acc[i][2 * h + 1]);
+            float2 sum = make_float2(acc[2 * h], acc[2 * h + 1]);
             if (NP > 1 && pass) { float2 old = *to; sum.x += old.x; sum.y += old.y; }
             *to = sum;
           }
+        }
+        k.give();
       }
       if (pass < NP - 1) continue;
       __syncthreads();
@@ -161,31 +161,35 @@ __device__ __forceinline__ void product(Block& k, int layer) {
       };
       const int row = lo + from_unit * (P == 0 || P == 4 ? 16 : 8) + at;
       const bool mine = row < hi && at < (to_unit - from_unit) * (P == 0 || P == 4 ? 16 : 8);
-      if (mine)
-#pragma unroll
-        for (int j = 0; j < MB / (THREADS / SPAN) + (MB % (THREADS / SPAN) ? 1 : 0); j++) {
-          const int m = SPAN == THREADS ? j : k.tid / SPAN + j * (THREADS / SPAN);
-          if (m >= M) break;
-          if (P == 0) {
-            __stcg(reinterpret_cast<float*>(k.at(S_QKV)) + (long)m * QKV + row, whole(at / 8, m) * factor(m));
-          } else if (P == 2) {
-            const float f = factor(m);
-            const float gate = whole(at / 8 * 2, m) * f, up = whole(at / 8 * 2 + 1, m) * f;
-            const bf act = __float2bfloat16(gate / (1.0f + __expf(-gate)) * up);
-            reinterpret_cast<bf*>(k.at(S_ACT))[(long)m * F + row] = act;
-            if (feeds) k.own_x(m)[row - lo] = act;
-          } else if (P == 4) {
-            const float y = whole(at / 8, m) * factor(m);
-            if (k.a.logits) k.a.logits[(long)m * V + row] = y;
-            if (y > best[P == 4 ? m : 0]) best[P == 4 ? m : 0] = y, best_at[P == 4 ? m : 0] = row;
-          } else {
-            float y = whole(at / 8, m);
-            const bf* old = reinterpret_cast<const bf*>(k.at(P == 1 ? S_X0 : S_X1)) + (long)m * E + row;
-            y += __bfloat162float(__ldcg(old));
-            reinterpret_cast<bf*>(k.at(P == 1 ? S_X1 : S_X0))[(long)m * E + row] = __float2bfloat16(y);
-            if (feeds) k.own_x(m)[row - lo] = __float2bfloat16(y);
-          }
+      auto finish = [&](int m) {
+        if (P == 0) {
+          __stcg(reinterpret_cast<float*>(k.at(S_QKV)) + (long)m * QKV + row, whole(at / 8, m) * factor(m));
+        } else if (P == 2) {
+          const float f = factor(m);
+          const float gate = whole(at / 8 * 2, m) * f, up = whole(at / 8 * 2 + 1, m) * f;
+          const bf act = __float2bfloat16(__fdividef(gate, 1.0f + __expf(-gate)) * up);
+          reinterpret_cast<bf*>(k.at(S_ACT))[(long)m * F + row] = act;
+          if (feeds) k.own_x(m)[row - lo] = act;
+        } else if (P == 4) {
+          const float y = whole(at / 8, m) * factor(m);
+          if (k.a.logits) k.a.logits[(long)m * V + row] = y;
+          if (y > best[P == 4 ? m : 0]) best[P == 4 ? m : 0] = y, best_at[P == 4 ? m : 0] = row;
+        } else {
+          float y = whole(at / 8, m);
+          const bf* old = reinterpret_cast<const bf*>(k.at(P == 1 ? S_X0 : S_X1)) + (long)m * E + row;
+          y += __bfloat162float(__ldcg(old));
+          reinterpret_cast<bf*>(k.at(P == 1 ? S_X1 : S_X0))[(long)m * E + row] = __float2bfloat16(y);
+          if (feeds) k.own_x(m)[row - lo] = __float2bfloat16(y);
         }
+      };
+      if (mine && P == 4) {
+#pragma unroll
+        for (int m = 0; m < MB; m++)
+          if (m < M) finish(m);
+      } else if (mine) {
+#pragma unroll 1
+        for (int m = k.tid / SPAN; m < M; m += THREADS / SPAN) finish(m);
+      }
       if (to_unit < nu) __syncthreads();
     }
   }

@@ -64,12 +64,16 @@ inline __nv_bfloat162 each(Action action) { return {__float2bfloat16(action(&__n
 inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return each([&](auto half) { return __bfloat162float(a.*half) - __bfloat162float(b.*half); });
 }
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return each([&](auto half) { return __bfloat162float(a.*half) * __bfloat162float(b.*half); });
+}
 inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
   return each([&](auto half) { return std::fma(__bfloat162float(a.*half), __bfloat162float(b.*half), __bfloat162float(c.*half)); });
 }
 
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline float __expf(float v) { return std::exp(v); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline long long __float2ll_rn(float v) { return std::llrint(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 
