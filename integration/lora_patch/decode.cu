@@ -17,7 +17,7 @@ typedef __nv_bfloat16 bf;
 
 constexpr int WARPS = 8, THREADS = 256, SLOTS = BITS == 4 ? 6 : 2, HALVES = MB / 8;
 constexpr int QW = HEADS * DIM, KW = KV * DIM, QKV = QW + 2 * KW, GROUP = HEADS / KV;
-constexpr int SUB = 128;  // columns of the cache that a block attends to at a time
+constexpr int SUB = BITS == 4 ? 160 : 128;  // columns of the cache that a block attends to at a time
 constexpr int EARLY = 384;    // columns of the cache that the L2 cache is asked for a phase earlier: 25 MB in all
 constexpr int PARTS_OF = 16;  // parts of the cache that a block may have
 constexpr float NONE = -3.0e38f;
@@ -48,7 +48,7 @@ __host__ __device__ constexpr long lora_at(int p) {
   for (int i = 0; i < p; i++) at += (long)low(i) * inputs(i) + (long)rows(i) * RANK;
   return at;
 }
-constexpr int HELD = RANK > 16 && MB > 8 ? 64 : 80;  // units of 16 rows, times tokens, whose partial sums are held at once
+constexpr int HELD = RANK && MB > 8 ? 64 : 80;  // units of 16 rows, times tokens, whose partial sums are held at once
 constexpr int OWN_E = (E + BLOCKS - 1) / BLOCKS, OWN_F = (F + BLOCKS - 1) / BLOCKS, OWN = larger(OWN_E, OWN_F),
               OWN_QKV = (QKV + BLOCKS - 1) / BLOCKS;  // values that a block finishes
 constexpr int OWN_PITCH = up_to(OWN, 16);
@@ -59,13 +59,14 @@ constexpr int NORMS = 2 * E + 2 * DIM;
 constexpr int Q_PITCH = DIM * 2 + 64, P_PITCH = SUB * 2 + 64, S_PITCH = SUB + 8;
 constexpr int ATTENTION = 16 * (Q_PITCH + P_PITCH + S_PITCH * 4) + 192, HEAD_A_PITCH = GROUP * DIM + 8,
               HEAD_A = HEAD_A_PITCH * RANK * 2;
-constexpr int PARTS = larger(HELD * 2 * WARPS * 8 * 4, ATTENTION);
+constexpr int SUMS = WARPS + (RANK ? 1 : 0);  // that make an output
+constexpr int PARTS = larger(HELD * 2 * SUMS * 8 * 4, ATTENTION);
 constexpr bool HEAD_A_FITS = ATTENTION + HEAD_A <= PARTS;  // what a head gives to z of attention's outputs
 static_assert(8 * GROUP * DIM * 2 <= 16 * (Q_PITCH + P_PITCH) && 8 * GROUP * 32 <= 16 * S_PITCH, "");
 // of A what the block's values give to z, those values, z, and the block's rows of B
 constexpr int A_BYTES = larger(up_to(OWN_E, 16) * larger(low(0), low(2)), up_to(OWN_F, 16) * low(3)) * 2,
               X_BYTES = RANK ? MB * OWN_PITCH * 2 : 0, Z_BYTES = MB * low(0) * 2,
-              B_BYTES = (larger(OWN_QKV, larger(OWN_E, 2 * OWN_F)) + 8) * RANK * 2;
+              B_BYTES = larger(OWN_QKV, larger(OWN_E, 2 * OWN_F)) * RANK * 2;
 constexpr int AT_PARTS = SLOTS * WARPS * SLOT, AT_A = AT_PARTS + PARTS, AT_X = AT_A + A_BYTES, AT_Z = AT_X + X_BYTES,
               AT_B = AT_Z + Z_BYTES, AT_TURNS = AT_B + B_BYTES, AT_SS = AT_TURNS + MB * DIM / 2 * 4,
               AT_BAR = AT_SS + WARPS * MB * 4, AT_TABLE = AT_BAR + SLOTS * WARPS * 8, AT_META = AT_TABLE + (LAYERS * 4 + 1) * 8 + 8,

@@ -62,14 +62,14 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
   const float* qkv = reinterpret_cast<const float*>(k.at(S_QKV));
   float* out = reinterpret_cast<float*>(k.at(S_PO));
   float2* ml = reinterpret_cast<float2*>(k.at(S_ML));
-  uint4 kr[SUB / 64][DIM / 32], vr[DIM / 64][SUB / 32];
+  uint4 kr[(SUB + 63) / 64][DIM / 32], vr[DIM / 64][SUB / 32];
   Part part = k.part(0);
   bf *keys = k.keys(layer, part), *values = k.values(layer, part);
   auto load = [&](int base, int from) {  // columns base .. base + SUB that are ``from`` or later
 #pragma unroll
-    for (int i = 0; i < SUB / 64; i++) {
+    for (int i = 0; i < (SUB + 63) / 64; i++) {
       const int col = base + (k.warp + i * WARPS) * 8 + k.g;
-      if (col - k.g < part.c1 && col >= from)
+      if (col - k.g < min(part.c1, base + SUB) && col >= from)
 #pragma unroll
         for (int c = 0; c < DIM / 32; c++) kr[i][c] = *reinterpret_cast<const uint4*>(keys + (long)col * DIM + c * 32 + k.t * 8);
     }
@@ -134,9 +134,9 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
           __syncthreads();
           if (base + SUB > first) load(base, first);  // again what has just been written
 #pragma unroll
-          for (int i = 0; i < SUB / 64; i++) {
+          for (int i = 0; i < (SUB + 63) / 64; i++) {
             const int col = base + (k.warp + i * WARPS) * 8;
-            if (col >= c1) continue;
+            if (col >= min(c1, base + SUB)) continue;
             float acc[4] = {0, 0, 0, 0}, other[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int c = 0; c < DIM / 32; c++) {

@@ -23,7 +23,7 @@ SOURCES = ("decode.cu", "decode_attention.cu", "decode_product.cu", "decode_step
 ROWS = 16  # tokens a step at most
 THREADS, WARPS = 256, 8
 CHUNKS = 20  # of 32 inputs, that a warp holds at a time; more of them take several passes
-SUB = 128  # columns that a block attends to at a time, as in decode.cu
+SUB = {16: 128, 4: 160}  # columns that a block attends to at a time, as in decode.cu; by bits
 SHARED_LIMIT = 227 << 10  # bytes of shared memory that a block may have
 AHEAD = 8  # steps that are started before their tokens are read
 GROWTH = 512  # columns by which the key-value cache grows
@@ -65,7 +65,7 @@ def refusal(model: LanguageModel) -> str | None:
         return "matrices of another width"
     wide = max(-(-dims.hidden // blocks) > 32, -(-(dims.heads + 2 * dims.kv_heads) * dims.head_dim // blocks) > 64)
     group = dims.heads // dims.kv_heads
-    if group > 8 or group * dims.head_dim > 2 * (dims.head_dim + SUB + 64):  # see decode.cu: ATTENTION
+    if group > 8 or group * dims.head_dim > 2 * (dims.head_dim + SUB[16] + 64):  # see decode.cu: ATTENTION
         return "too many heads to one of keys"
     if wide or blocks < dims.kv_heads or shared_bytes(dims, 0, 8) > SHARED_LIMIT:
         return "matrices too large for the GPU's blocks"
@@ -210,14 +210,15 @@ def shared_bytes(dims: Dimensions, rank: int, rows: int) -> int:
     own_hidden, own_inner = -(-hidden // dims.blocks), -(-intermediate // dims.blocks)
     own_qkv = -(-(attended + 2 * dims.kv_heads * dims.head_dim) // dims.blocks)
     slot = max(16 * pitch(hidden), 8 * pitch(attended), 8 * pitch(intermediate))
-    held = 64 if rank > 16 and rows > 8 else 80
-    attention = 16 * (dims.head_dim * 2 + 64 + SUB * 2 + 64 + (SUB + 8) * 4) + 192
+    held = 64 if rank and rows > 8 else 80
+    sub = SUB[dims.bits]
+    attention = 16 * (dims.head_dim * 2 + 64 + sub * 2 + 64 + (sub + 8) * 4) + 192
     slots = 6 if dims.bits == 4 else 2
-    total = slots * WARPS * slot + max(held * 2 * WARPS * 8 * 4, attention)
+    total = slots * WARPS * slot + max(held * 2 * (WARPS + (rank > 0)) * 8 * 4, attention)
     if rank:
         total += max(up_to(own_hidden, 16) * 3 * rank, up_to(own_inner, 16) * rank) * 2
         total += rows * up_to(max(own_hidden, own_inner), 16) * 2 + rows * 3 * rank * 2
-        total += (max(own_qkv, own_hidden, 2 * own_inner) + 8) * rank * 2
+        total += max(own_qkv, own_hidden, 2 * own_inner) * rank * 2
     total += rows * dims.head_dim // 2 * 4 + WARPS * rows * 4
     return total + slots * WARPS * 8 + (dims.layers * 4 + 1) * 8 + 8 + 256 + 16 * 32 + 80
 

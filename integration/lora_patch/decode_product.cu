@@ -4,30 +4,28 @@ namespace decode {
 template <int P>
 __device__ __forceinline__ void multiply(const char* from, const u32 (&x)[chunks(P)][4 * HALVES], float (&acc)[4], int g, int t) {
   constexpr int H = 4 * (HALVES - 1);
-  float part[3][4] = {};  // four chains with acc: a tensor core's answer takes as long as several products
+  float part[4][4] = {};  // four chains: a tensor core's answer takes as long as several products
 #pragma unroll
   for (int c = 0; c < chunks(P); c++) {
     const char* row = from + g * pitch(P);
     uint4 w;
     if (BITS == 4) w = unpacked(*reinterpret_cast<const u32*>(row + c * 16 + t * 4), *reinterpret_cast<const u32*>(row + chunks(P) * 16 + c * 4));
     else w = *reinterpret_cast<const uint4*>(row + c * 64 + t * 16);
-    mma(c % 2 ? part[0] : acc, x[c][0], H ? x[c][H] : 0, x[c][1], H ? x[c][H + 1] : 0, w.x, w.y);
-    mma(part[1 + c % 2], x[c][2], H ? x[c][H + 2] : 0, x[c][3], H ? x[c][H + 3] : 0, w.z, w.w);
+    mma(part[c % 2 * 2], x[c][0], H ? x[c][H] : 0, x[c][1], H ? x[c][H + 1] : 0, w.x, w.y);
+    mma(part[c % 2 * 2 + 1], x[c][2], H ? x[c][H + 2] : 0, x[c][3], H ? x[c][H + 3] : 0, w.z, w.w);
   }
 #pragma unroll
-  for (int i = 0; i < 4; i++) acc[i] += part[0][i] + part[1][i] + part[2][i];
+  for (int i = 0; i < 4; i++) acc[i] = part[0][i] + part[1][i] + part[2][i] + part[3][i];
 }
 
 // Add B z of eight rows, the block's rows ``first`` and on; those of up come after all those of gate.
 template <int P>
 __device__ __forceinline__ void update(const Block& k, int first, int up, float (&acc)[4]) {
   // rows of q, k and v have z of their own, and eight may have rows of two
-  auto member = [&](int row) { return P == 0 ? (k.lo(0) + row >= QW) + (k.lo(0) + row >= QW + KW) : P == 2 ? up : 0; };
+  auto member = [&](int row) { return P == 0 ? (k.lo(0) + row >= QW) + (k.lo(0) + row >= QW + KW) : 0; };
   const int row = first + k.g;
   const u32* b = reinterpret_cast<const u32*>(k.own_b() + (row + (P == 2 && up ? k.hi(P) - k.lo(P) : 0)) * RANK);
-#pragma unroll 1
-  for (int of = member(first); of <= member(first + 7); of++) {
-    const bool mine = member(row) == of;
+  auto add = [&](int of, bool mine) {
 #pragma unroll
     for (int i = 0; i < RANK; i += 16) {
       u32 z[4];
@@ -36,6 +34,13 @@ __device__ __forceinline__ void update(const Block& k, int first, int up, float 
         z[j] = j % 2 < HALVES && i + j / 2 * 8 < RANK ? reinterpret_cast<const u32*>(k.z_here() + (k.g + j % 2 * 8) * low(P) + of * RANK + i)[j / 2 * 4 + k.t] : 0;
       mma(acc, z[0], z[1], z[2], z[3], mine ? b[i / 2 + k.t] : 0, mine && i + 8 < RANK ? b[i / 2 + 4 + k.t] : 0);
     }
+  };
+  if (P == 0) {
+    const int own = member(row);
+#pragma unroll 1
+    for (int of = member(first); of <= member(first + 7); of++) add(of, own == of);
+  } else {
+    add(P == 2 ? up : 0, true);
   }
 }
 
@@ -57,9 +62,9 @@ __device__ __forceinline__ void product(Block& k, int layer) {
   const bool feeds = RANK && (P == 1 || P == 2 || (P == 3 && layer + 1 < LAYERS));
   if (feeds) k.fetch_a(P == 3 ? layer + 1 : layer, NEXT, lo, hi - lo);
   if (UPDATED) k.fetch_b<HERE>(layer);
-  if (P == 0) {  // two phases before it is read
+  if (P == 2) {  // long before it is read, and in the longest phase
     k.prefetch_layer(layer + 1);
-    prefetch_cache(k, layer, 0, EARLY);
+    if (layer + 1 < LAYERS) prefetch_cache(k, layer + 1, 0, EARLY);
   }
   k.wait();
   constexpr int ZS = UPDATED ? (MB * low(HERE) + THREADS - 1) / THREADS : 1;
@@ -123,30 +128,41 @@ __device__ __forceinline__ void product(Block& k, int layer) {
     if (UPDATED && pass == 0) {
 #pragma unroll
       for (int i = 0; i < ZS; i++)
-        if (k.tid + i * THREADS < M * low(HERE)) k.z_here()[k.tid + i * THREADS] = __float2bfloat16((float)z[i] / Z_ONE);
+        if (k.tid + i * THREADS < M * low(HERE)) k.z_here()[k.tid + i * THREADS] = __float2bfloat16((float)z[i] * (1 / Z_ONE));
       wait_copies();
       __syncthreads();
     }
+    // a tile's sums: of each warp, and what the adapter adds
+    auto keep = [&](int tile, int of, const float (&acc)[4], bool add) {
+#pragma unroll
+      for (int h = 0; h < HALVES; h++) {
+        const int m = k.g + 8 * h;
+        if (m >= M) continue;
+        float2* to = reinterpret_cast<float2*>(parts + ((tile * SUMS + of) * M + m) * 8 + 2 * k.t);
+        float2 sum = make_float2(acc[2 * h], acc[2 * h + 1]);
+        if (add) { float2 old = *to; sum.x += old.x; sum.y += old.y; }
+        *to = sum;
+      }
+    };
 #pragma unroll 1
     for (int from_unit = 0; from_unit < nu; from_unit += at_once) {
       const int to_unit = min(nu, from_unit + at_once);
+      if (UPDATED && pass == 0)
+#pragma unroll 1
+        for (int at = k.warp; at < (to_unit - from_unit) * T; at += WARPS) {
+          const int tile = from_unit * T + at;
+          float acc[4] = {0, 0, 0, 0};
+          update<HERE>(k, P == 2 ? tile / 2 * 8 : tile * 8, tile % 2, acc);
+          keep(at, WARPS, acc, false);
+        }
 #pragma unroll 1
       for (int u = from_unit; u < to_unit; u++) {
         const char* from = k.take();
 #pragma unroll 1
         for (int i = 0; i < T; i++) {
-          float acc[4] = {0, 0, 0, 0};
-          if (UPDATED && pass == 0 && (u * T + i) % WARPS == k.warp) update<HERE>(k, P == 2 ? u * 8 : (u * T + i) * 8, i, acc);
+          float acc[4];
           multiply<P>(from + i * 8 * pitch(P), in, acc, k.g, k.t);
-#pragma unroll
-          for (int h = 0; h < HALVES; h++) {
-            const int m = k.g + 8 * h;
-            if (m >= M) continue;
-            float2* to = reinterpret_cast<float2*>(parts + ((((u - from_unit) * T + i) * WARPS + k.warp) * M + m) * 8 + 2 * k.t);
-            float2 sum = make_float2(acc[2 * h], acc[2 * h + 1]);
-            if (NP > 1 && pass) { float2 old = *to; sum.x += old.x; sum.y += old.y; }
-            *to = sum;
-          }
+          keep((u - from_unit) * T + i, k.warp, acc, NP > 1 && pass);
         }
         k.give();
       }
@@ -156,7 +172,7 @@ __device__ __forceinline__ void product(Block& k, int layer) {
       auto whole = [&](int tile, int m) {
         float sum = 0;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += parts[((tile * WARPS + w) * M + m) * 8 + at % 8];
+        for (int w = 0; w < WARPS + UPDATED; w++) sum += parts[((tile * SUMS + w) * M + m) * 8 + at % 8];
         return sum;
       };
       const int row = lo + from_unit * (P == 0 || P == 4 ? 16 : 8) + at;

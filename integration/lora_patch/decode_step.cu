@@ -40,8 +40,9 @@ __device__ __forceinline__ void step(const Args& args) {
   for (int m = k.b; m < k.M; m += k.n)
     for (int i = k.tid; i < E / 8; i += THREADS)
       __stcg(reinterpret_cast<uint4*>(k.at(S_X0) + (long)m * E * 2) + i, embedded(table, args.tokens[m], i));
+  __syncthreads();
+  prefetch_cache(k, 0, 0, EARLY);
   if (RANK) {
-    __syncthreads();
     const int lo = k.lo(1), count = k.hi(1) - lo;
     k.fetch_a(0, 0, lo, count);
     for (int i = k.tid; i < k.M * count; i += THREADS) {

@@ -22,8 +22,8 @@ from tests.serving.cuda_on_cpu import Cpu
 TOLERANCE = 0.02  # norm of the logits' difference over their norm; bfloat16 gives 0.01
 VOCABULARY = 500
 BLOCKS = {0: 8, 8: 8, 16: 9}  # of the grid, by rank
-# rows join and leave; one passes column 128, from where on the kernel's attention takes a second turn
-JOINING = [("admit", 190), ("admit", 126), ("step",), ("admit", 33), ("step",), ("step",), ("keep", [2, 1]), ("step",),
+# rows join and leave; one passes column 160, from where on the kernel's attention takes a second turn
+JOINING = [("admit", 190), ("admit", 158), ("step",), ("admit", 33), ("step",), ("step",), ("keep", [2, 1]), ("step",),
            ("admit", 17), ("verify", 2, 1), ("step",)]  # fmt: skip
 SHORT = [("admit", 5), ("admit", 33), ("step",), ("keep", [1]), ("verify", 3, 1), ("step",)]
 # one row, several tokens at a time, some of them taken back
