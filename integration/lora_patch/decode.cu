@@ -21,7 +21,8 @@ constexpr int SUB = BITS == 4 ? 160 : 128;  // columns of the cache that a block
 constexpr int EARLY = 384;    // columns of the cache that the L2 cache is asked for a phase earlier: 25 MB in all
 constexpr int PARTS_OF = 16;  // parts of the cache that a block may have
 constexpr float NONE = -3.0e38f;
-constexpr float Z_ONE = 4294967296.0f;  // z is held in units of one part of this
+constexpr float Z_ONE = 4294967296.0f;          // z is held in units of one part of this
+constexpr int COPIES = 4, Z_COPY = 16 * 96;     // of z, each added to by some of the blocks: fewer wait for one another
 
 // -- geometry of the phases: 0 qkv, 1 o, 2 gate and up, 3 down, 4 output head -----------------------------------------
 
@@ -77,7 +78,7 @@ constexpr int AT_PARTS = SLOTS * WARPS * SLOT, AT_A = AT_PARTS + PARTS, AT_X = A
 constexpr long S_BAR = 0, S_X0 = 4096, S_X1 = S_X0 + 16l * E * 2, S_QKV = S_X1 + 16l * E * 2,
                S_ATT = S_QKV + 16l * QKV * 4, S_ACT = S_ATT + 16l * QW * 2, S_BEST = S_ACT + 16l * F * 2,
                S_ML = S_BEST + 256l * 16 * 8, S_PO = S_ML + (long)KV * 32 * 16 * GROUP * 8,
-               S_Z = S_PO + (long)KV * 32 * 16 * GROUP * DIM * 4, S_END = S_Z + 4l * 16 * 96 * 8;
+               S_Z = S_PO + (long)KV * 32 * 16 * GROUP * DIM * 4, S_END = S_Z + 4l * COPIES * Z_COPY * 8;
 
 struct Args {
   const int* tokens;
@@ -169,8 +170,10 @@ struct Block {
   __device__ __forceinline__ const bf* matrix_b(int layer, int p) const {
     return matrix_a(layer, p) + (long)low(p) * inputs(p);
   }
-  // z of the next product of this kind, [M, low(p)]: zero but between the phase that makes its inputs and its own
-  __device__ __forceinline__ long long* z_at(int p) const { return reinterpret_cast<long long*>(at(S_Z)) + p * 16 * 96; }
+  // z of the next product of this kind, copies of [M, low(p)]: zero but between the phase that makes its inputs and its own
+  __device__ __forceinline__ long long* z_at(int p, int copy) const {
+    return reinterpret_cast<long long*>(at(S_Z)) + (p * COPIES + copy) * Z_COPY;
+  }
   __device__ __forceinline__ bf* own_a() const { return reinterpret_cast<bf*>(sm + AT_A); }
   __device__ __forceinline__ bf* own_x(int m) const { return reinterpret_cast<bf*>(sm + AT_X) + m * OWN_PITCH; }
   __device__ __forceinline__ bf* own_b() const { return reinterpret_cast<bf*>(sm + AT_B); }
@@ -191,6 +194,7 @@ struct Block {
     fetch(own_b(), from, count);
     if (P == 2) fetch(own_b() + count, from + (long)F * RANK, count);
   }
+  // Of eight columns of A, the tensor core's column i is made number i / 2 + i % 2 * 4: what four threads add lies side by side.
   // Add to z what this block's ``count`` inputs in own_x give; all that was fetched and written is there.
   template <int P>
   __device__ __forceinline__ void add_z(int count) const {
@@ -211,7 +215,8 @@ struct Block {
       }
 #pragma unroll
       for (int j = 0; j < 2 * HALVES; j++)
-        if (g + j / 2 * 8 < M) add_relaxed(z_at(P) + (g + j / 2 * 8) * low(P) + n + 2 * t + j % 2, __float2ll_rn(acc[j] * Z_ONE));
+        if (g + j / 2 * 8 < M)
+          add_relaxed(z_at(P, b % COPIES) + (g + j / 2 * 8) * low(P) + n + t + j % 2 * 4, __float2ll_rn(acc[j] * Z_ONE));
     }
   }
   __device__ __forceinline__ u32 bar(u32 slot) const { return shared_at(sm + AT_BAR) + (warp * SLOTS + slot) * 8; }

@@ -257,12 +257,13 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
         for (int i = 0; i < OWN_K; i += 16) {
           const int at = k.warp * OWN_K + i + 2 * k.t;
           const u32* x = reinterpret_cast<const u32*>(qs + (min(k.g, T - 1) * WIDTH + at) * 2);
-          const u32* a = reinterpret_cast<const u32*>(head_a + (long)(n + k.g) * a_pitch + at);
+          const u32* a = reinterpret_cast<const u32*>(head_a + (long)(n + k.g / 2 + k.g % 2 * 4) * a_pitch + at);
           mma(acc, x[0], 0, x[4], 0, a[0], a[4]);
         }
         if (k.g < T) {
-          add_relaxed(k.z_at(1) + (s * T + k.g) * RANK + n + 2 * k.t, __float2ll_rn(acc[0] * Z_ONE));
-          add_relaxed(k.z_at(1) + (s * T + k.g) * RANK + n + 2 * k.t + 1, __float2ll_rn(acc[1] * Z_ONE));
+          long long* z = k.z_at(1, k.b % COPIES) + (s * T + k.g) * RANK + n + k.t;
+          add_relaxed(z, __float2ll_rn(acc[0] * Z_ONE));
+          add_relaxed(z + 4, __float2ll_rn(acc[1] * Z_ONE));
         }
       }
       __syncthreads();

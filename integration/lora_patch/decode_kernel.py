@@ -228,7 +228,7 @@ def scratch(dims: Dimensions) -> mx.array:
     hidden, attended, intermediate = dims.inputs()
     qkv, group = attended + 2 * dims.kv_heads * dims.head_dim, dims.heads // dims.kv_heads
     plain = 4096 + 16 * (4 * hidden + 4 * qkv + 2 * attended + 2 * intermediate) + 256 * 16 * 8
-    plain += dims.kv_heads * 32 * 16 * group * (8 + dims.head_dim * 4) + 4 * 16 * 96 * 8
+    plain += dims.kv_heads * 32 * 16 * group * (8 + dims.head_dim * 4) + 4 * 4 * 16 * 96 * 8
     return mx.zeros(plain // 4, mx.uint32)
 
 
@@ -291,7 +291,8 @@ class DecodeKernel:
                 norm = self.model.plain[i][norms[group]].astype(mx.float32) if group in norms else mx.ones(1)
                 a = [_padded(pair, widths[at], rank)[0] * norm[:, None] for at, pair in enumerate(own)]
                 b = [_padded(pair, widths[at], rank)[1].T for at, pair in enumerate(own)]
-                a = a[0].T if group == "o" else mx.concatenate(a, axis=1)
+                # the columns as the tensor cores take them, see decode.cu: add_z
+                a = a[0].T if group == "o" else mx.concatenate(a, axis=1).reshape(-1, 8)[:, [0, 4, 1, 5, 2, 6, 3, 7]]
                 found += [a.reshape(-1), mx.concatenate(b).reshape(-1)]
         packed = mx.concatenate(found).astype(mx.bfloat16)
         mx.eval(packed)

@@ -71,10 +71,15 @@ __device__ __forceinline__ void product(Block& k, int layer) {
   long long z[ZS];
   if (UPDATED)
 #pragma unroll
-    for (int i = 0; i < ZS; i++) z[i] = k.tid + i * THREADS < M * low(HERE) ? __ldcg(k.z_at(HERE) + k.tid + i * THREADS) : 0;
+    for (int i = 0; i < ZS; i++) {
+      z[i] = 0;
+      if (k.tid + i * THREADS < M * low(HERE))
+#pragma unroll
+        for (int copy = 0; copy < COPIES; copy++) z[i] += __ldcg(k.z_at(HERE, copy) + k.tid + i * THREADS);
+    }
   if (RANK && (layer || P))  // z of the product before has been read by all
 #pragma unroll 1
-    for (int i = k.tid * k.n + k.b; i < M * low(BEFORE); i += THREADS * k.n) k.z_at(BEFORE)[i] = 0;
+    for (int i = k.tid * k.n + k.b; i < M * low(BEFORE) * COPIES; i += THREADS * k.n) k.z_at(BEFORE, i % COPIES)[i / COPIES] = 0;
 
   const bf* x = reinterpret_cast<const bf*>(k.at(P == 0 || P == 4 ? S_X0 : P == 1 ? S_ATT : P == 2 ? S_X1 : S_ACT));
   float best[P == 4 ? MB : 1];
