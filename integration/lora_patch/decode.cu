@@ -120,11 +120,11 @@ __device__ __forceinline__ u32 pack(float a, float b) {
 // Return eight values of 4 bits: 0 and 4 of the bits hold the first pair, 1 and 5 the next. A scale, then a bias, each
 // of 16 bits. 0x4300 is 128, where the last bit of a bfloat16 is 1.
 __device__ __forceinline__ uint4 unpacked(u32 q, u32 scale_bias) {
-  const u32 scale = (scale_bias & 0xffffu) * 0x10001u, bias = (scale_bias >> 16) * 0x10001u;
+  const u32 scale = __byte_perm(scale_bias, 0, 0x1010), bias = __byte_perm(scale_bias, 0, 0x3232);
   u32 found[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const u32 v = (q >> (4 * i) & 0x000f000fu) | 0x43004300u, far = 0x43004300u;
+    const u32 far = 0x43004300u, v = and_or<0x000f000fu>(q >> (4 * i), far);
     const __nv_bfloat162 n = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&v), *reinterpret_cast<const __nv_bfloat162*>(&far));
     const __nv_bfloat162 w = __hfma2(n, *reinterpret_cast<const __nv_bfloat162*>(&scale), *reinterpret_cast<const __nv_bfloat162*>(&bias));
     found[i] = *reinterpret_cast<const u32*>(&w);

@@ -67,6 +67,14 @@ __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefe
 
 // -- arithmetic -------------------------------------------------------------------------------------------------------
 
+// Return (a & MASK) | b, as one instruction: with two constants the compiler makes two.
+template <u32 MASK>
+__device__ __forceinline__ u32 and_or(u32 a, u32 b) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "n"(MASK), "r"(b));
+  return d;
+}
+
 // d += A B for 16 rows of A, 8 columns of B and 16 products each, spread over a warp as the instruction wants it.
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -75,6 +75,12 @@ inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline float __expf(float v) { return std::exp(v); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline long long __float2ll_rn(float v) { return std::llrint(v); }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned of) {
+  const uint64_t both = (uint64_t)b << 32 | a;
+  unsigned found = 0;
+  for (int i = 0; i < 4; i++) found |= (unsigned)(both >> (of >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return found;
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 
 // -- fibers -----------------------------------------------------------------------------------------------------------
@@ -370,6 +376,8 @@ inline u32 load_acquire(const u32* p) {
 }
 inline uint4 load_l2(const void* p) { return *(const uint4*)p; }
 inline void add_release(void* p, u32 v) { *(u32*)p += v, cpu::m.idle = 0; }
+template <u32 MASK>
+inline u32 and_or(u32 a, u32 b) { return (a & MASK) | b; }
 inline u32 add_acq_rel(u32* p, u32 v) { return add_release(p, v), *p - v; }
 inline void add_relaxed(long long* p, long long v) { *p += v, cpu::m.idle = 0; }
 inline void prefetch_l2(const void*) {}
