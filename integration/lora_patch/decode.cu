@@ -5,11 +5,15 @@
 // the weights through a ring of its own in shared memory by bulk copies. The stream does not depend on activations, so
 // it runs on while a barrier or attention is waited for: device memory is the only thing that should ever be busy.
 // Products run on tensor cores, tokens as the 16 rows of A (8 or 16 used), weights as the 8 columns of B.
-// The adapter: whoever finishes some inputs of a product adds what they give to z = A x, before the barrier that everyone
-// waits for anyway; a row of B is applied where an output is finished. z is summed in integers (units of 2^-32), so that
-// it does not depend on the order of the blocks. The Python side (decode_kernel.py) defines the model's dimensions in front of this text: LAYERS, E (hidden),
-// HEADS, KV (key-value heads), DIM (of a head), F (intermediate), V (vocabulary), BLOCKS (of the grid), BITS (of a matrix's value: 16 or 4), EPS, RANK (0 without an adapter), MB
-// (rows at most: 8 or 16), CHUNKS (of 32 inputs, that a warp holds at a time).
+// The adapter: whoever finishes some inputs of a product adds what they give to z = A x, before the barrier that
+// everyone waits for anyway; B z is one more sum of an output, beside those of the warps. z is summed in integers
+// (units of 2^-32), so that it does not depend on the order of the blocks.
+// A layer's code should fit into the instruction cache (128 KB on Hopper, 8,000 instructions): what is not in an inner
+// loop is not unrolled.
+// The Python side (decode_kernel.py) defines the model's dimensions in front of this text: LAYERS, E (hidden), HEADS,
+// KV (key-value heads), DIM (of a head), F (intermediate), V (vocabulary), BLOCKS (of the grid), BITS (of a matrix's
+// value: 16 or 4), EPS, RANK (0 without an adapter), MB (rows at most: 8 or 16), CHUNKS (of 32 inputs, that a warp
+// holds at a time).
 
 namespace decode {
 
@@ -18,11 +22,11 @@ typedef __nv_bfloat16 bf;
 constexpr int WARPS = 8, THREADS = 256, SLOTS = BITS == 4 ? 6 : 2, HALVES = MB / 8;
 constexpr int QW = HEADS * DIM, KW = KV * DIM, QKV = QW + 2 * KW, GROUP = HEADS / KV;
 constexpr int SUB = BITS == 4 ? 160 : 128;  // columns of the cache that a block attends to at a time
-constexpr int EARLY = 384;    // columns of the cache that the L2 cache is asked for a phase earlier: 25 MB in all
+constexpr int EARLY = 384;    // columns of it that the L2 cache is asked for in the layer before: 25 MB in all
 constexpr int PARTS_OF = 16;  // parts of the cache that a block may have
 constexpr float NONE = -3.0e38f;
-constexpr float Z_ONE = 4294967296.0f;          // z is held in units of one part of this
-constexpr int COPIES = 4, Z_COPY = 16 * 96;     // of z, each added to by some of the blocks: fewer wait for one another
+constexpr float Z_ONE = 4294967296.0f;       // z is held in units of one part of this
+constexpr int COPIES = 4, Z_COPY = 16 * 96;  // of z, each added to by some of the blocks: fewer wait for one another
 
 // -- geometry of the phases: 0 qkv, 1 o, 2 gate and up, 3 down, 4 output head -----------------------------------------
 
@@ -34,11 +38,15 @@ __host__ __device__ constexpr int passes(int p) {
   return c;
 }
 __host__ __device__ constexpr int chunks(int p) { return inputs(p) / (32 * WARPS) / passes(p); }  // of 32 inputs
-__host__ __device__ constexpr int tiles(int p) { return p == 1 || p == 3 ? 1 : 2; }  // of 8 rows in a unit
-// Bytes of a row in a unit. Of 4 bits: 16 bytes a chunk, then scale and bias of each chunk, padded to an odd number of 16
-// bytes, so that eight rows side by side lie in different banks.
-__host__ __device__ constexpr int bytes(int p) { return BITS == 4 ? (chunks(p) * 20 + 15) / 16 / 2 * 32 + 16 : chunks(p) * 64; }
-__host__ __device__ constexpr int pitch(int p) { return BITS == 4 || bytes(p) % 128 ? bytes(p) : bytes(p) + (RANK ? 32 : 64); }
+__host__ __device__ constexpr int tiles(int p) { return p == 1 || p == 3 ? 1 : 2; }               // of 8 rows in a unit
+// Bytes of a row in a unit. Of 4 bits: 16 bytes a chunk, then scale and bias of each chunk, padded to an odd number of
+// 16 bytes, so that eight rows side by side lie in different banks.
+__host__ __device__ constexpr int bytes(int p) {
+  return BITS == 4 ? (chunks(p) * 20 + 15) / 16 / 2 * 32 + 16 : chunks(p) * 64;
+}
+__host__ __device__ constexpr int pitch(int p) {
+  return BITS == 4 || bytes(p) % 128 ? bytes(p) : bytes(p) + (RANK ? 32 : 64);
+}
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int up_to(int a, int b) { return (a + b - 1) / b * b; }
 constexpr int SLOT = larger(larger(pitch(0) * 16, pitch(1) * 8), larger(pitch(2) * 16, pitch(3) * 8));
@@ -49,7 +57,8 @@ __host__ __device__ constexpr long lora_at(int p) {
   for (int i = 0; i < p; i++) at += (long)low(i) * inputs(i) + (long)rows(i) * RANK;
   return at;
 }
-constexpr int HELD = RANK && MB > 8 ? 64 : 80;  // units of 16 rows, times tokens, whose partial sums are held at once
+constexpr int HELD =
+    RANK > 16 || (RANK && MB > 8) ? 64 : 80;  // units of 16 rows, times tokens, whose partial sums are held at once
 constexpr int OWN_E = (E + BLOCKS - 1) / BLOCKS, OWN_F = (F + BLOCKS - 1) / BLOCKS, OWN = larger(OWN_E, OWN_F),
               OWN_QKV = (QKV + BLOCKS - 1) / BLOCKS;  // values that a block finishes
 constexpr int OWN_PITCH = up_to(OWN, 16);
@@ -70,8 +79,9 @@ constexpr int A_BYTES = larger(up_to(OWN_E, 16) * larger(low(0), low(2)), up_to(
               B_BYTES = larger(OWN_QKV, larger(OWN_E, 2 * OWN_F)) * RANK * 2;
 constexpr int AT_PARTS = SLOTS * WARPS * SLOT, AT_A = AT_PARTS + PARTS, AT_X = AT_A + A_BYTES, AT_Z = AT_X + X_BYTES,
               AT_B = AT_Z + Z_BYTES, AT_TURNS = AT_B + B_BYTES, AT_SS = AT_TURNS + MB * DIM / 2 * 4,
-              AT_BAR = AT_SS + WARPS * MB * 4, AT_TABLE = AT_BAR + SLOTS * WARPS * 8, AT_META = AT_TABLE + (LAYERS * 4 + 1) * 8 + 8,
-              AT_PART = AT_META + 256, AT_MISC = AT_PART + PARTS_OF * 32, SHARED = AT_MISC + 80;
+              AT_BAR = AT_SS + WARPS * MB * 4, AT_TABLE = AT_BAR + SLOTS * WARPS * 8,
+              AT_META = AT_TABLE + (LAYERS * 4 + 1) * 8 + 8, AT_PART = AT_META + 256, AT_MISC = AT_PART + PARTS_OF * 32,
+              SHARED = AT_MISC + 80;
 
 // -- scratch in device memory, in bytes -------------------------------------------------------------------------------
 
@@ -82,13 +92,13 @@ constexpr long S_BAR = 0, S_X0 = 4096, S_X1 = S_X0 + 16l * E * 2, S_QKV = S_X1 +
 
 struct Args {
   const int* tokens;
-  const int* meta;  // columns of the cache, sequences of the cache, rows, tokens a sequence, then (sequence, column,
-                    // position) a row
+  const int* meta;    // columns of the cache, sequences of the cache, rows, tokens a sequence, then (sequence, column,
+                      // position) a row
   const long* table;  // addresses of the matrices: 4 a layer, head, embedding
   const bf* norms;
   const bf* lora;
-  bf* keys;    // [LAYERS, sequences, KV, columns, DIM]
-  bf* values;  // [LAYERS, sequences, KV, DIM, columns]
+  bf* keys;                  // [LAYERS, sequences, KV, columns, DIM]
+  bf* values;                // [LAYERS, sequences, KV, DIM, columns]
   const float* frequencies;  // [DIM / 2]
   char* scratch;
   int* next;
@@ -125,8 +135,10 @@ __device__ __forceinline__ uint4 unpacked(u32 q, u32 scale_bias) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const u32 far = 0x43004300u, v = and_or<0x000f000fu>(q >> (4 * i), far);
-    const __nv_bfloat162 n = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&v), *reinterpret_cast<const __nv_bfloat162*>(&far));
-    const __nv_bfloat162 w = __hfma2(n, *reinterpret_cast<const __nv_bfloat162*>(&scale), *reinterpret_cast<const __nv_bfloat162*>(&bias));
+    const __nv_bfloat162 n =
+        __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&v), *reinterpret_cast<const __nv_bfloat162*>(&far));
+    const __nv_bfloat162 w =
+        __hfma2(n, *reinterpret_cast<const __nv_bfloat162*>(&scale), *reinterpret_cast<const __nv_bfloat162*>(&bias));
     found[i] = *reinterpret_cast<const u32*>(&w);
   }
   return make_uint4(found[0], found[1], found[2], found[3]);
@@ -138,7 +150,7 @@ struct Unit {  // what a warp's stream brings next
   int layer, p, pass, u;
 };
 
-struct Part {  // a part of the key-value cache that a block attends to for one of the heads
+struct Part {                           // a part of the key-value cache that a block attends to for one of the heads
   int sequence, stored, split, splits;  // of the step, of the cache; which part of how many
   int first, chunk, c0, c1;             // column of the first new token, columns of a part, columns of this one
 };
@@ -157,7 +169,9 @@ struct Block {
   __device__ __forceinline__ int units(int p) const { return reinterpret_cast<const int*>(sm + AT_MISC)[3 + 3 * p]; }
   __device__ __forceinline__ const int* meta() const { return reinterpret_cast<const int*>(sm + AT_META); }
   __device__ __forceinline__ Part part(int i) const { return reinterpret_cast<const Part*>(sm + AT_PART)[i]; }
-  __device__ __forceinline__ u32* turns() const { return reinterpret_cast<u32*>(sm + AT_TURNS); }  // cosine and sine, [M, DIM / 2]
+  __device__ __forceinline__ u32* turns() const {
+    return reinterpret_cast<u32*>(sm + AT_TURNS);
+  }  // cosine and sine, [M, DIM / 2]
   __device__ __forceinline__ long head_at(int layer, const Part& part) const {
     return (((long)layer * meta()[1] + part.stored) * KV + b % KV) * meta()[0] * DIM;
   }
@@ -170,7 +184,8 @@ struct Block {
   __device__ __forceinline__ const bf* matrix_b(int layer, int p) const {
     return matrix_a(layer, p) + (long)low(p) * inputs(p);
   }
-  // z of the next product of this kind, copies of [M, low(p)]: zero but between the phase that makes its inputs and its own
+  // z of the next product of this kind, copies of [M, low(p)]: zero but between the phase that makes its inputs and
+  // its own
   __device__ __forceinline__ long long* z_at(int p, int copy) const {
     return reinterpret_cast<long long*>(at(S_Z)) + (p * COPIES + copy) * Z_COPY;
   }
@@ -194,8 +209,8 @@ struct Block {
     fetch(own_b(), from, count);
     if (P == 2) fetch(own_b() + count, from + (long)F * RANK, count);
   }
-  // Of eight columns of A, the tensor core's column i is made number i / 2 + i % 2 * 4: what four threads add lies side by side.
-  // Add to z what this block's ``count`` inputs in own_x give; all that was fetched and written is there.
+  // Add to z what this block's ``count`` inputs in own_x give; all that was fetched and written is there. Column i of
+  // eight that the tensor cores make is number i / 2 + i % 2 * 4 of z, so that four threads add side by side.
   template <int P>
   __device__ __forceinline__ void add_z(int count) const {
 #pragma unroll 1
@@ -216,21 +231,23 @@ struct Block {
 #pragma unroll
       for (int j = 0; j < 2 * HALVES; j++)
         if (g + j / 2 * 8 < M)
-          add_relaxed(z_at(P, b % COPIES) + (g + j / 2 * 8) * low(P) + n + t + j % 2 * 4, __float2ll_rn(acc[j] * Z_ONE));
+          add_relaxed(z_at(P, b % COPIES) + (g + j / 2 * 8) * low(P) + n + t + j % 2 * 4,
+                      __float2ll_rn(acc[j] * Z_ONE));
     }
   }
   __device__ __forceinline__ u32 bar(u32 slot) const { return shared_at(sm + AT_BAR) + (warp * SLOTS + slot) * 8; }
   __device__ __forceinline__ char* slot(u32 s) const { return sm + (warp * SLOTS + s) * SLOT; }
 
-  // Return where this lane's rows of a unit lie, whether there are any, and their length in bytes. 16 bits: a row a lane,
-  // of a matrix as it stands. 4 bits: rows in a run, of a matrix by warp, pass and row.
+  // Return where this lane's rows of a unit lie, whether there are any, and their length in bytes. 16 bits: a row a
+  // lane, of a matrix as it stands. 4 bits: rows in a run, of a matrix by warp, pass and row.
   __device__ __forceinline__ bool source(const Unit& unit, const char*& from, int& size, int& to) const {
     const int p = unit.p;
     const int count = p == 0 ? passes(0) : p == 1 ? passes(1) : p == 2 ? passes(2) : p == 3 ? passes(3) : passes(4);
     size = p == 0 ? bytes(0) : p == 1 ? bytes(1) : p == 2 ? bytes(2) : p == 3 ? bytes(3) : bytes(4);
     const int pad = p == 0 ? pitch(0) : p == 1 ? pitch(1) : p == 2 ? pitch(2) : p == 3 ? pitch(3) : pitch(4);
     const int high = p == 0 || p == 4 ? 16 : 8, first = lo(p) + unit.u * high;
-    from = reinterpret_cast<const char*>(reinterpret_cast<const long*>(sm + AT_TABLE)[p == 4 ? LAYERS * 4 : unit.layer * 4 + p]);
+    from = reinterpret_cast<const char*>(
+        reinterpret_cast<const long*>(sm + AT_TABLE)[p == 4 ? LAYERS * 4 : unit.layer * 4 + p]);
     if (BITS == 4) {
       const int all = p == 0 ? QKV : p == 2 ? 2 * F : p == 4 ? V : E;
       from += ((long)(warp * count + unit.pass) * all + first + (lane ? F : 0)) * size;
@@ -248,7 +265,8 @@ struct Block {
     const int p = unit.p;
     if (p > 4 || ++unit.u < units(p)) return;
     unit.u = 0;
-    if (++unit.pass < (p == 0 ? passes(0) : p == 1 ? passes(1) : p == 2 ? passes(2) : p == 3 ? passes(3) : passes(4))) return;
+    if (++unit.pass < (p == 0 ? passes(0) : p == 1 ? passes(1) : p == 2 ? passes(2) : p == 3 ? passes(3) : passes(4)))
+      return;
     unit.pass = 0;
     unit.p = p + 1;
     if (p == 3 && ++unit.layer < LAYERS) unit.p = 0;
@@ -277,8 +295,8 @@ struct Block {
     taken++;
   }
 
-  // Ask the L2 cache for what a layer reads besides its matrices and the key-value cache. Copies of several microseconds
-  // wait in front of device memory at any time: what is not asked for long before it is needed comes late.
+  // Ask the L2 cache for what a layer reads besides its matrices and the key-value cache. Copies of several
+  // microseconds wait in front of device memory at any time: what is not asked for long before comes late.
   __device__ __forceinline__ void prefetch_layer(int layer) const {
     const int norm = (layer < LAYERS ? NORMS : E) * 2, size = norm + (RANK && layer < LAYERS ? lora_at(4) * 2 : 0);
     // not by the warp that arrives at the barrier, which would wait for them
@@ -306,7 +324,8 @@ struct Block {
     }
     __syncthreads();
   }
-  // Count this block in, once it has written its part; return whether it is the last of ``blocks``: it then sees all parts.
+  // Count this block in, once it has written its part; return whether it is the last of ``blocks``: it then sees all
+  // parts.
   __device__ __forceinline__ bool comes_last(u32* count, u32 blocks) {
     int* found = reinterpret_cast<int*>(sm + AT_MISC);
     __syncthreads();

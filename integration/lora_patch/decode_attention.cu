@@ -19,18 +19,21 @@ __device__ __forceinline__ Part part_of(const Block& k, int i) {
 // Ask the L2 cache for a block's first part, columns ``from`` to ``to`` of it.
 __device__ __forceinline__ void prefetch_cache(const Block& k, int layer, int from, int to) {
   const Part part = k.part(0);
-  const int columns = k.meta()[0], c0 = part.c0 + from, c1 = min(part.c1, part.c0 + to), lines = (c1 - c0 + 63) / 64 + 1;
+  const int columns = k.meta()[0], c0 = part.c0 + from, c1 = min(part.c1, part.c0 + to),
+            lines = (c1 - c0 + 63) / 64 + 1;
   if (part.sequence < 0 || c0 >= c1) return;
   const bf *keys = k.keys(layer, part), *values = k.values(layer, part);
 #pragma unroll 1
-  for (int i = k.tid - 32; k.tid >= 32 && i < (c1 - c0) * DIM / 64; i += THREADS - 32) prefetch_l2(keys + (long)c0 * DIM + i * 64);
+  for (int i = k.tid - 32; k.tid >= 32 && i < (c1 - c0) * DIM / 64; i += THREADS - 32)
+    prefetch_l2(keys + (long)c0 * DIM + i * 64);
 #pragma unroll 1
   for (int i = k.tid - 32; k.tid >= 32 && i < DIM * lines; i += THREADS - 32)
     prefetch_l2(values + (long)(i / lines) * columns + min(c0 + i % lines * 64, c1 - 1));
 }
 
 // Normalise and turn one head of 128 (or 64) values of token ``m``, held DIM / 32 to a lane: lane, lane + 32, ...
-__device__ __forceinline__ void turned(const Block& k, const float* from, const bf* weight, int m, float (&v)[DIM / 32]) {
+__device__ __forceinline__ void turned(const Block& k, const float* from, const bf* weight, int m,
+                                       float (&v)[DIM / 32]) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < DIM / 32; i++) {
@@ -71,14 +74,16 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
       const int col = base + (k.warp + i * WARPS) * 8 + k.g;
       if (col - k.g < min(part.c1, base + SUB) && col >= from)
 #pragma unroll
-        for (int c = 0; c < DIM / 32; c++) kr[i][c] = *reinterpret_cast<const uint4*>(keys + (long)col * DIM + c * 32 + k.t * 8);
+        for (int c = 0; c < DIM / 32; c++)
+          kr[i][c] = *reinterpret_cast<const uint4*>(keys + (long)col * DIM + c * 32 + k.t * 8);
     }
 #pragma unroll
     for (int i = 0; i < DIM / 64; i++)
 #pragma unroll
       for (int c = 0; c < SUB / 32; c++)
         if (base + c * 32 < part.c1 && base + c * 32 + k.t * 8 + 7 >= from)
-          vr[i][c] = *reinterpret_cast<const uint4*>(values + (long)((k.warp + i * WARPS) * 8 + k.g) * columns + base + c * 32 + k.t * 8);
+          vr[i][c] = *reinterpret_cast<const uint4*>(values + (long)((k.warp + i * WARPS) * 8 + k.g) * columns + base +
+                                                     c * 32 + k.t * 8);
   };
   const bf* head_a = RANK ? k.matrix_a(layer, 1) + kvh * GROUP * DIM : nullptr;  // of each rank; QW values apart
   int a_pitch = QW;
@@ -107,7 +112,8 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
         const float* from = qkv + (long)(s * T + t) * QKV + QW + kvh * DIM;
         if (which % 2) {
 #pragma unroll 1
-          for (int i = k.lane; i < DIM; i += 32) values[(long)i * columns + col] = __float2bfloat16(__ldcg(from + KW + i));
+          for (int i = k.lane; i < DIM; i += 32)
+            values[(long)i * columns + col] = __float2bfloat16(__ldcg(from + KW + i));
         } else {
           float v[DIM / 32];
           turned(k, from, norms + DIM, s * T + t, v);
@@ -125,7 +131,8 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
           float v[DIM / 32];
           turned(k, qkv + (long)(s * T + t) * QKV + (kvh * GROUP + h) * DIM, norms, s * T + t, v);
 #pragma unroll
-          for (int i = 0; i < DIM / 32; i++) reinterpret_cast<bf*>(qs + r * Q_PITCH)[k.lane + 32 * i] = __float2bfloat16(v[i]);
+          for (int i = 0; i < DIM / 32; i++)
+            reinterpret_cast<bf*>(qs + r * Q_PITCH)[k.lane + 32 * i] = __float2bfloat16(v[i]);
         }
         float o[DIM / 64][4] = {};
 #pragma unroll 1
@@ -199,7 +206,8 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
 #pragma unroll
           for (int h = 0; h < 2; h++)
             if (k.g + 8 * h < real)
-              __stcg(reinterpret_cast<float2*>(out + (at + k.g + 8 * h) * DIM + (k.warp + i * WARPS) * 8 + 2 * k.t), make_float2(o[i][2 * h], o[i][2 * h + 1]));
+              __stcg(reinterpret_cast<float2*>(out + (at + k.g + 8 * h) * DIM + (k.warp + i * WARPS) * 8 + 2 * k.t),
+                     make_float2(o[i][2 * h], o[i][2 * h + 1]));
         if (k.tid < real) __stcg(ml + at + k.tid, make_float2(top_of[k.tid], top_of[16 + k.tid]));
         __syncthreads();
       }
@@ -212,7 +220,8 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
     auto fetch = [&](int i, int from) {
 #pragma unroll
       for (int j = 0; j < 16; j++)
-        v[j] = __ldcg(reinterpret_cast<const float2*>(out + found_at(min(from + j, used - 1), i / (DIM / 2)) * DIM + i % (DIM / 2) * 2));
+        v[j] = __ldcg(reinterpret_cast<const float2*>(out + found_at(min(from + j, used - 1), i / (DIM / 2)) * DIM +
+                                                      i % (DIM / 2) * 2));
     };
     fetch(min(k.tid, T * GROUP * DIM / 2 - 1), 0);
 #pragma unroll 1
@@ -241,7 +250,8 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
         if ((from += 16) >= used) break;
         fetch(i, from);
       }
-      u32* to = reinterpret_cast<u32*>(reinterpret_cast<bf*>(k.at(S_ATT)) + (long)(s * T + r / GROUP) * QW + (kvh * GROUP + r % GROUP) * DIM + d);
+      u32* to = reinterpret_cast<u32*>(reinterpret_cast<bf*>(k.at(S_ATT)) + (long)(s * T + r / GROUP) * QW +
+                                       (kvh * GROUP + r % GROUP) * DIM + d);
       __stcg(to, pack(o.x, o.y));
       if (RANK) *reinterpret_cast<u32*>(qs + (r * DIM + d) * 2) = pack(o.x, o.y);
     }

@@ -59,8 +59,8 @@ def refusal(model: LanguageModel) -> str | None:
         return f"activations of {model.dtype}"
     blocks = multiprocessors()
     dims = dimensions(model, blocks)
-    if quantized(model) and unpacked_bytes(dims) > room():
-        return "quantized matrices, and too little memory to unpack them"
+    if quantized(model) and copied_bytes(dims) > room():
+        return "quantized matrices, and too little memory for copies as the kernel reads them"
     if any(width % (32 * WARPS) for width in dims.inputs()) or dims.head_dim not in (64, 128):
         return "matrices of another width"
     wide = max(-(-dims.hidden // blocks) > 32, -(-(dims.heads + 2 * dims.kv_heads) * dims.head_dim // blocks) > 64)
@@ -88,10 +88,12 @@ def four_bits(model: LanguageModel) -> bool:
     return all(how and how.bits == 4 and how.mode == "affine" and how.group_size % 32 == 0 for how in packings(model))
 
 
-def unpacked_bytes(dims: Dimensions) -> int:
+def copied_bytes(dims: Dimensions) -> int:
+    """Return the bytes of a quantized base's copies as the kernel reads them."""
     hidden, attended, intermediate = dims.inputs()
     kv = dims.kv_heads * dims.head_dim
-    return 2 * hidden * (dims.layers * (2 * attended + 2 * kv + 3 * intermediate) + dims.vocabulary)
+    values = hidden * (dims.layers * (2 * attended + 2 * kv + 3 * intermediate) + dims.vocabulary)
+    return values * 2 if dims.bits == 16 else values * 21 // 32  # a chunk of 32: 16 bytes, scale and bias, padding
 
 
 def dimensions(model: LanguageModel, blocks: int) -> Dimensions:
@@ -210,7 +212,7 @@ def shared_bytes(dims: Dimensions, rank: int, rows: int) -> int:
     own_hidden, own_inner = -(-hidden // dims.blocks), -(-intermediate // dims.blocks)
     own_qkv = -(-(attended + 2 * dims.kv_heads * dims.head_dim) // dims.blocks)
     slot = max(16 * pitch(hidden), 8 * pitch(attended), 8 * pitch(intermediate))
-    held = 64 if rank and rows > 8 else 80
+    held = 64 if rank > 16 or (rank and rows > 8) else 80
     sub = SUB[dims.bits]
     attention = 16 * (dims.head_dim * 2 + 64 + sub * 2 + 64 + (sub + 8) * 4) + 192
     slots = 6 if dims.bits == 4 else 2
@@ -283,8 +285,8 @@ class DecodeKernel:
         return found if fits else None
 
     def packed(self, update: Update, rank: int) -> mx.array:
-        """Lay an adapter out for the kernel: by layer and group A [inputs, members * rank] ([rank, inputs] for o), where
-        a norm comes first with its weights in it, then B [outputs, rank]."""
+        """Lay an adapter out for the kernel: by layer and group A [inputs, members * rank] ([rank, inputs] for o), with
+        the weights of the norm before it, then B [outputs, rank]."""
         found, norms = [], {"qkv": "input_norm", "gate_up": "post_norm"}
         for i in range(self.dims.layers):
             for group, own, widths in group_updates(self.model, update, i):

@@ -2,15 +2,19 @@
 namespace decode {
 
 template <int P>
-__device__ __forceinline__ void multiply(const char* from, const u32 (&x)[chunks(P)][4 * HALVES], float (&acc)[4], int g, int t) {
+__device__ __forceinline__ void multiply(const char* from, const u32 (&x)[chunks(P)][4 * HALVES], float (&acc)[4],
+                                         int g, int t) {
   constexpr int H = 4 * (HALVES - 1);
   float part[4][4] = {};  // four chains: a tensor core's answer takes as long as several products
 #pragma unroll
   for (int c = 0; c < chunks(P); c++) {
     const char* row = from + g * pitch(P);
     uint4 w;
-    if (BITS == 4) w = unpacked(*reinterpret_cast<const u32*>(row + c * 16 + t * 4), *reinterpret_cast<const u32*>(row + chunks(P) * 16 + c * 4));
-    else w = *reinterpret_cast<const uint4*>(row + c * 64 + t * 16);
+    if (BITS == 4)
+      w = unpacked(*reinterpret_cast<const u32*>(row + c * 16 + t * 4),
+                   *reinterpret_cast<const u32*>(row + chunks(P) * 16 + c * 4));
+    else
+      w = *reinterpret_cast<const uint4*>(row + c * 64 + t * 16);
     mma(part[c % 2 * 2], x[c][0], H ? x[c][H] : 0, x[c][1], H ? x[c][H + 1] : 0, w.x, w.y);
     mma(part[c % 2 * 2 + 1], x[c][2], H ? x[c][H + 2] : 0, x[c][3], H ? x[c][H + 3] : 0, w.z, w.w);
   }
@@ -31,7 +35,10 @@ __device__ __forceinline__ void update(const Block& k, int first, int up, float 
       u32 z[4];
 #pragma unroll
       for (int j = 0; j < 4; j++)
-        z[j] = j % 2 < HALVES && i + j / 2 * 8 < RANK ? reinterpret_cast<const u32*>(k.z_here() + (k.g + j % 2 * 8) * low(P) + of * RANK + i)[j / 2 * 4 + k.t] : 0;
+        z[j] =
+            j % 2 < HALVES && i + j / 2 * 8 < RANK
+                ? reinterpret_cast<const u32*>(k.z_here() + (k.g + j % 2 * 8) * low(P) + of * RANK + i)[j / 2 * 4 + k.t]
+                : 0;
       mma(acc, z[0], z[1], z[2], z[3], mine ? b[i / 2 + k.t] : 0, mine && i + 8 < RANK ? b[i / 2 + 4 + k.t] : 0);
     }
   };
@@ -53,7 +60,8 @@ __device__ __forceinline__ void product(Block& k, int layer) {
   constexpr bool NORMED = P == 0 || P == 2 || P == 4, UPDATED = RANK && P < 4;
   constexpr int HERE = P < 4 ? P : 0, BEFORE = (P + 3) % 4;
   constexpr int SPAN = P == 0 ? 64 : P == 2 ? 128 : P == 4 ? 256 : 32;  // threads side by side in the epilogue
-  const int M = k.M, nu = k.units(P), lo = k.lo(P), hi = k.hi(P), at_once = min(SPAN / (T == 2 && P != 2 ? 16 : 8), HELD / M);
+  const int M = k.M, nu = k.units(P), lo = k.lo(P), hi = k.hi(P),
+            at_once = min(SPAN / (T == 2 && P != 2 ? 16 : 8), HELD / M);
   float* parts = reinterpret_cast<float*>(k.sm + AT_PARTS);
   float* squares = reinterpret_cast<float*>(k.sm + AT_SS);
 
@@ -79,7 +87,8 @@ __device__ __forceinline__ void product(Block& k, int layer) {
     }
   if (RANK && (layer || P))  // z of the product before has been read by all
 #pragma unroll 1
-    for (int i = k.tid * k.n + k.b; i < M * low(BEFORE) * COPIES; i += THREADS * k.n) k.z_at(BEFORE, i % COPIES)[i / COPIES] = 0;
+    for (int i = k.tid * k.n + k.b; i < M * low(BEFORE) * COPIES; i += THREADS * k.n)
+      k.z_at(BEFORE, i % COPIES)[i / COPIES] = 0;
 
   const bf* x = reinterpret_cast<const bf*>(k.at(P == 0 || P == 4 ? S_X0 : P == 1 ? S_ATT : P == 2 ? S_X1 : S_ACT));
   float best[P == 4 ? MB : 1];
@@ -99,14 +108,16 @@ __device__ __forceinline__ void product(Block& k, int layer) {
       if (NORMED) {
         const bf* w = k.a.norms + (P == 4 ? (long)LAYERS * NORMS : (long)layer * NORMS + (P == 2 ? E : 0));
 #pragma unroll
-        for (int c = 0; c < N; c++) norm[NORMED ? c : 0] = *reinterpret_cast<const uint4*>(w + k.warp * N * 32 + c * 32 + k.t * 8);
+        for (int c = 0; c < N; c++)
+          norm[NORMED ? c : 0] = *reinterpret_cast<const uint4*>(w + k.warp * N * 32 + c * 32 + k.t * 8);
       }
 #pragma unroll
       for (int c = 0; c < N; c++) v[c] = m < M ? load_l2(from + c * 32) : make_uint4(0, 0, 0, 0);
 #pragma unroll
       for (int c = 0; c < N; c++) {
         if (NORMED) {
-          const u32 a[4] = {v[c].x, v[c].y, v[c].z, v[c].w}, w[4] = {norm[NORMED ? c : 0].x, norm[NORMED ? c : 0].y, norm[NORMED ? c : 0].z, norm[NORMED ? c : 0].w};
+          const u32 a[4] = {v[c].x, v[c].y, v[c].z, v[c].w}, w[4] = {norm[NORMED ? c : 0].x, norm[NORMED ? c : 0].y,
+                                                                     norm[NORMED ? c : 0].z, norm[NORMED ? c : 0].w};
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             const float2 p = two(a[i]);
@@ -133,7 +144,8 @@ __device__ __forceinline__ void product(Block& k, int layer) {
     if (UPDATED && pass == 0) {
 #pragma unroll
       for (int i = 0; i < ZS; i++)
-        if (k.tid + i * THREADS < M * low(HERE)) k.z_here()[k.tid + i * THREADS] = __float2bfloat16((float)z[i] * (1 / Z_ONE));
+        if (k.tid + i * THREADS < M * low(HERE))
+          k.z_here()[k.tid + i * THREADS] = __float2bfloat16((float)z[i] * (1 / Z_ONE));
       wait_copies();
       __syncthreads();
     }
@@ -145,7 +157,11 @@ __device__ __forceinline__ void product(Block& k, int layer) {
         if (m >= M) continue;
         float2* to = reinterpret_cast<float2*>(parts + ((tile * SUMS + of) * M + m) * 8 + 2 * k.t);
         float2 sum = make_float2(acc[2 * h], acc[2 * h + 1]);
-        if (add) { float2 old = *to; sum.x += old.x; sum.y += old.y; }
+        if (add) {
+          float2 old = *to;
+          sum.x += old.x;
+          sum.y += old.y;
+        }
         *to = sum;
       }
     };

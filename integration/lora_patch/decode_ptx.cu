@@ -22,15 +22,20 @@ __device__ __forceinline__ void mbar_arrive_expect(u32 bar, u32 size) {
 __device__ __forceinline__ u32 mbar_try_wait(u32 bar, u32 parity) {
   u32 done;
   asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-               : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+               : "=r"(done)
+               : "r"(bar), "r"(parity)
+               : "memory");
   return done;
 }
 // What is copied is read once: the L2 cache may drop it first, and so keeps what prefetch_l2 has asked for.
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 size, u32 bar) {
   unsigned long long policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-               "r"(to), "l"(from), "r"(size), "r"(bar), "l"(policy) : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(size), "r"(bar), "l"(policy)
+      : "memory");
 }
 __device__ __forceinline__ void copy_async(u32 to, const void* from) {  // 16 bytes
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -47,7 +52,9 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
 __device__ __forceinline__ uint4 load_l2(const void* p) {
   uint4 v;
   asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
   return v;
 }
 // After all that the block has written, if the block has met in __syncthreads.
@@ -77,12 +84,17 @@ __device__ __forceinline__ u32 and_or(u32 a, u32 b) {
 
 // d += A B for 16 rows of A, 8 columns of B and 16 products each, spread over a warp as the instruction wants it.
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 // Load B of such a product from its 16 rows of 8 values in shared memory; lane i gives the address of row i % 16.
 __device__ __forceinline__ void load_transposed(u32& b0, u32& b1, u32 row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(b0), "=r"(b1) : "r"(row) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(b0), "=r"(b1)
+               : "r"(row)
+               : "memory");
 }
 // Hide from the compiler what it knows of a value.
 __device__ __forceinline__ void forget(int& a, int& b, int& c, int& d) {

@@ -6,7 +6,8 @@ __device__ __forceinline__ uint4 embedded(const char* table, int token, int i) {
   if (BITS == 16) return reinterpret_cast<const uint4*>(table + (long)token * E * 2)[i];
   const int c = i / 4 % chunks(4);
   const char* row = table + ((long)(i / 4 / chunks(4)) * V + token) * bytes(4);
-  return unpacked(reinterpret_cast<const u32*>(row)[c * 4 + i % 4], reinterpret_cast<const u32*>(row)[chunks(4) * 4 + c]);
+  return unpacked(reinterpret_cast<const u32*>(row)[c * 4 + i % 4],
+                  reinterpret_cast<const u32*>(row)[chunks(4) * 4 + c]);
 }
 
 __device__ __forceinline__ void step(const Args& args) {
@@ -21,7 +22,8 @@ __device__ __forceinline__ void step(const Args& args) {
   if (k.tid < 5) {
     const int p = k.tid, of = p == 0 ? QKV : p == 2 ? F : p == 4 ? V : E, high = p == 0 || p == 4 ? 16 : 8;
     int* to = reinterpret_cast<int*>(shared + AT_MISC) + 1 + 3 * p;
-    to[0] = (int)((long)of * k.b / k.n), to[1] = (int)((long)of * (k.b + 1) / k.n), to[2] = (to[1] - to[0] + high - 1) / high;
+    to[0] = (int)((long)of * k.b / k.n), to[1] = (int)((long)of * (k.b + 1) / k.n),
+    to[2] = (to[1] - to[0] + high - 1) / high;
   }
   if (k.tid < SLOTS * WARPS) mbar_init(shared_at(shared + AT_BAR) + k.tid * 8, 1);
   mbar_init_fence();
@@ -35,7 +37,8 @@ __device__ __forceinline__ void step(const Args& args) {
     sincosf(k.meta()[4 + 3 * (i / (DIM / 2)) + 2] * args.frequencies[i % (DIM / 2)], &s, &c);
     k.turns()[i] = pack(c, s);
   }
-  for (int i = k.tid; i < A_BYTES / 4; i += THREADS) reinterpret_cast<u32*>(shared + AT_A)[i] = 0;  // no NaN where nothing is
+  for (int i = k.tid; i < A_BYTES / 4; i += THREADS)
+    reinterpret_cast<u32*>(shared + AT_A)[i] = 0;  // no NaN where nothing is
   const char* table = reinterpret_cast<const char*>(args.table[LAYERS * 4 + 1]);
   for (int m = k.b; m < k.M; m += k.n)
     for (int i = k.tid; i < E / 8; i += THREADS)

@@ -170,6 +170,13 @@ def test_adapter_of_rank_16(model, cpus):
     Case(model, cpus[16], 16, random_update(model, 16)).check(SHORT)
 
 
+def test_a_head_of_a_that_has_no_room(model, cpus):
+    """As of rank 32: what attention gives to z is then multiplied with A in device memory."""
+    cpu = Cpu(cpus[8].folder, BLOCKS[8])
+    cpu.changes = {"HEAD_A_FITS = ATTENTION + HEAD_A <= PARTS": "HEAD_A_FITS = false"}
+    Case(model, cpu, 8, random_update(model, 8)).check(SHORT[:3])
+
+
 def test_adapter_of_some_modules(model, cpus):
     """Of a rank that is padded, in one layer, without keys, gates and attention's outputs."""
     Case(model, cpus[8], 8, random_update(model, 5, "q v up down")).check(JOINING[:3])
