@@ -91,9 +91,14 @@ def four_bits(model: LanguageModel) -> bool:
 def copied_bytes(dims: Dimensions) -> int:
     """Return the bytes of a quantized base's copies as the kernel reads them."""
     hidden, attended, intermediate = dims.inputs()
-    kv = dims.kv_heads * dims.head_dim
-    values = hidden * (dims.layers * (2 * attended + 2 * kv + 3 * intermediate) + dims.vocabulary)
-    return values * 2 if dims.bits == 16 else values * 21 // 32  # a chunk of 32: 16 bytes, scale and bias, padding
+    outputs = [(attended + 2 * dims.kv_heads * dims.head_dim, hidden), (hidden, attended), (2 * intermediate, hidden),
+               (hidden, intermediate)]  # fmt: skip
+
+    def size(rows: int, inputs: int) -> int:
+        parts = inputs // (32 * _chunks(inputs))
+        return rows * (2 * inputs if dims.bits == 16 else parts * _four_bit_row(inputs))
+
+    return dims.layers * sum(size(*matrix) for matrix in outputs) + size(dims.vocabulary, hidden)
 
 
 def dimensions(model: LanguageModel, blocks: int) -> Dimensions:

@@ -189,6 +189,8 @@ def test_quantized_base(cpus, monkeypatch, read):
         monkeypatch.setattr(decode_kernel, "four_bits", lambda model: False)
     case, rounded = Case(random_model(bits=4), cpus[0]), random_model(rounded=True)
     assert case.kernel.dims.bits == read
+    copies = [*(matrix for layer in case.kernel.copies for matrix in layer), case.kernel.head]
+    assert sum(copy.nbytes for copy in copies) == decode_kernel.copied_bytes(case.kernel.dims)
     # MLX's product with 4-bit matrices sums in 16 bits on a CPU, and is off by more than the kernel
     case.model = case.kernel.model = rounded
     case.layers = rounded.plain
