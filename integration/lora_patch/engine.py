@@ -226,7 +226,7 @@ class Engine:
             # launched before the tokens are read, so that the accelerator never waits for Python
             if not verifies and any(slot.matcher for slot in slots):
                 launched = self._step(batch, slots, tokens, sampling)
-                mx.async_eval(launched)
+                mx.async_eval(launched[1])  # the greedy tokens are not asked for: the grammar chooses
             elif not verifies:
                 left = max_tokens - max(len(slot.tokens) for slot in slots)
                 for _ in range(1 if watching else max(1, min(batch.ahead, left - 1))):
