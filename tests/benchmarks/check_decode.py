@@ -4,8 +4,8 @@
     python tests/benchmarks/check_decode.py --layers 36      # and how fast
     python tests/benchmarks/check_decode.py --layers 36 --bits 4
 
-Both run the same tokens over the same prompts: single steps of three rows, then several tokens of one row, some of
-which are taken back. Prints the relative difference of the logits, 0.01 in bfloat16; exits with 1 above 0.03.
+Both run the same tokens over the same prompts: single steps of three rows, several tokens of each, then several of one
+row; some are taken back. Prints the relative difference of the logits, 0.01 in bfloat16; exits with 1 above 0.03.
 """
 
 import sys
@@ -75,6 +75,12 @@ def difference(engine: Engine, layers: list, lora: tuple, rows: list) -> float:
     for _ in range(4):
         tokens = mx.array(rng.integers(0, engine.vocabulary, 3).astype(np.int32))
         compare(plain.step(tokens, True)[1], fast.step(tokens, True)[1])
+    tokens = rng.integers(0, engine.vocabulary, (3, 4)).tolist()
+    compare(plain.verify(tokens, True)[1], fast.verify(tokens, True)[1])
+    for batch in (plain, fast):
+        batch.take_back([3, 0, 1])
+    tokens = mx.array(rng.integers(0, engine.vocabulary, 3).astype(np.int32))
+    compare(plain.step(tokens, True)[1], fast.step(tokens, True)[1])
     plain.keep([1])
     fast.keep([1])
     for width, back in ((7, 3), (2, 0)):
