@@ -57,8 +57,8 @@ __host__ __device__ constexpr long lora_at(int p) {
   for (int i = 0; i < p; i++) at += (long)low(i) * inputs(i) + (long)rows(i) * RANK;
   return at;
 }
-constexpr int HELD =
-    RANK > 16 || (RANK && MB > 8) ? 64 : 80;  // units of 16 rows, times tokens, whose partial sums are held at once
+// Units of 16 rows, times tokens, whose partial sums are held at once.
+constexpr int HELD = RANK > 16 || (RANK && MB > 8) ? 64 : 80;
 constexpr int OWN_E = (E + BLOCKS - 1) / BLOCKS, OWN_F = (F + BLOCKS - 1) / BLOCKS, OWN = larger(OWN_E, OWN_F),
               OWN_QKV = (QKV + BLOCKS - 1) / BLOCKS;  // values that a block finishes
 constexpr int OWN_PITCH = up_to(OWN, 16);
@@ -72,7 +72,8 @@ constexpr int ATTENTION = 16 * (Q_PITCH + P_PITCH + S_PITCH * 4) + 192, HEAD_A_P
 constexpr int SUMS = WARPS + (RANK ? 1 : 0);  // that make an output
 constexpr int PARTS = larger(HELD * 2 * SUMS * 8 * 4, ATTENTION);
 constexpr bool HEAD_A_FITS = ATTENTION + HEAD_A <= PARTS;  // what a head gives to z of attention's outputs
-static_assert(8 * GROUP * DIM * 2 <= 16 * (Q_PITCH + P_PITCH) && 8 * GROUP * 32 <= 16 * S_PITCH, "");
+// what attends is put together where queries, weights and scores lay: of a head of keys, for eight tokens at most
+static_assert(8 * GROUP * DIM * 2 <= 16 * (Q_PITCH + P_PITCH) && 8 * GROUP * 32 <= 16 * S_PITCH, "see refusal()");
 // of A what the block's values give to z, those values, z, and the block's rows of B
 constexpr int A_BYTES = larger(up_to(OWN_E, 16) * larger(low(0), low(2)), up_to(OWN_F, 16) * low(3)) * 2,
               X_BYTES = RANK ? MB * OWN_PITCH * 2 : 0, Z_BYTES = MB * low(0) * 2,
@@ -144,6 +145,7 @@ __device__ __forceinline__ uint4 unpacked(u32 q, u32 scale_bias) {
   return make_uint4(found[0], found[1], found[2], found[3]);
 }
 __device__ __forceinline__ float round_bf(float v) { return __bfloat162float(__float2bfloat16(v)); }
+
 // -- a block's view of the step ---------------------------------------------------------------------------------------
 
 struct Unit {  // what a warp's stream brings next
@@ -169,9 +171,8 @@ struct Block {
   __device__ __forceinline__ int units(int p) const { return reinterpret_cast<const int*>(sm + AT_MISC)[3 + 3 * p]; }
   __device__ __forceinline__ const int* meta() const { return reinterpret_cast<const int*>(sm + AT_META); }
   __device__ __forceinline__ Part part(int i) const { return reinterpret_cast<const Part*>(sm + AT_PART)[i]; }
-  __device__ __forceinline__ u32* turns() const {
-    return reinterpret_cast<u32*>(sm + AT_TURNS);
-  }  // cosine and sine, [M, DIM / 2]
+  // cosine and sine of each row's position, [M, DIM / 2]
+  __device__ __forceinline__ u32* turns() const { return reinterpret_cast<u32*>(sm + AT_TURNS); }
   __device__ __forceinline__ long head_at(int layer, const Part& part) const {
     return (((long)layer * meta()[1] + part.stored) * KV + b % KV) * meta()[0] * DIM;
   }

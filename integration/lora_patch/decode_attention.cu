@@ -3,10 +3,10 @@ namespace decode {
 
 // -- attention --------------------------------------------------------------------------------------------------------
 
-// Where a block's parts begin among those of a head, and how many of the head's are attended to at a time.
+// How many of a head's parts are attended to at a time, a block each.
 __device__ __forceinline__ int parts_at_once(int blocks) { return min(blocks / KV, 32); }
 
-// Write down what this block attends to: part ``i`` of its parts, or an empty one.
+// Return the block's part ``i``, or one without a sequence after its last.
 __device__ __forceinline__ Part part_of(const Block& k, int i) {
   const int* meta = k.meta();
   const int per = parts_at_once(k.n), T = meta[3], S = k.M / T, splits = max(per / S, 1), item = k.b / KV + i * per;
@@ -257,7 +257,7 @@ __device__ __forceinline__ void attention(Block& k, int layer) {
     }
     if (RANK) {  // each warp takes a part of the head's values
       constexpr int WIDTH = GROUP * DIM, OWN_K = WIDTH / WARPS;
-      static_assert(OWN_K % 16 == 0, "");
+      static_assert(OWN_K % 16 == 0, "see refusal()");
       wait_copies();
       __syncthreads();
 #pragma unroll 1

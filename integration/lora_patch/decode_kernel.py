@@ -65,8 +65,9 @@ def refusal(model: LanguageModel) -> str | None:
         return "matrices of another width"
     wide = max(-(-dims.hidden // blocks) > 32, -(-(dims.heads + 2 * dims.kv_heads) * dims.head_dim // blocks) > 64)
     group = dims.heads // dims.kv_heads
-    if group > 8 or group * dims.head_dim > 2 * (dims.head_dim + SUB[16] + 64):  # see decode.cu: ATTENTION
-        return "too many heads to one of keys"
+    # see decode.cu: ATTENTION, and OWN_K in decode_attention.cu
+    if group > 8 or group * dims.head_dim > 2 * (dims.head_dim + SUB[16] + 64) or group * dims.head_dim % (16 * WARPS):
+        return "too many or too few heads to one of keys"
     if wide or blocks < dims.kv_heads or shared_bytes(dims, 0, 8) > SHARED_LIMIT:
         return "matrices too large for the GPU's blocks"
     return None
